@@ -1,0 +1,24 @@
+"""Errors a user can cause. Each carries one message that says what was set, the rule, and what to type.
+
+The command line prints these without a traceback and returns exit code 2; anything else is a defect of ours (exit 1).
+"""
+
+
+class UserError(Exception):
+    """Base of everything the command line reports without a traceback."""
+
+
+class ConfigError(UserError):
+    """A setting is wrong, or two settings contradict each other."""
+
+
+class DataError(UserError):
+    """A data file is missing, damaged, or not what the stage needs."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint or model directory is missing, damaged, or belongs to another run."""
+
+
+class EngineError(UserError):
+    """The machine cannot run what was asked, or training met a state it must not continue from."""

@@ -1,0 +1,242 @@
+"""The words every folder shares: batches, rollouts, losses, ranks, and what a model and an objective must offer.
+
+Shapes are written `[batch, seq]`; masks are True where a token takes part. Nothing here computes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""Label of a position that has no target."""
+
+
+def free(default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
+    """Declare an options field that may differ when a run is resumed; all other fields must stay the same."""
+    return field(default=default, metadata={"resume": "free"}, **kwargs)
+
+
+@dataclass(slots=True, kw_only=True)
+class Batch:
+    """One micro-batch, padded to a rectangle. Absent fields are None."""
+
+    input_ids: Tensor
+    """[batch, seq] int64."""
+    labels: Tensor | None = None
+    """[batch, seq] int64: the id that position t must predict (already shifted), IGNORE_INDEX where there is none."""
+    attention_mask: Tensor | None = None
+    """[batch, seq] bool: True on real tokens, False on padding."""
+    position_ids: Tensor | None = None
+    """[batch, seq] int64; None lets the model derive them from `attention_mask` or `segment_ids`."""
+    segment_ids: Tensor | None = None
+    """[batch, seq] int64: tokens see each other only within one segment; 0 marks padding. Marks packing."""
+    sample_ids: Tensor | None = None
+    """[batch] int64: which samples of the data set these rows are (for packed rows: the row's number)."""
+    rewards: Tensor | None = None
+    """[batch] float: one score per sequence."""
+    rollout_logprobs: Tensor | None = None
+    """[batch, seq] float: log-probabilities reported by the sampler, at the positions that have a label."""
+    old_logprobs: Tensor | None = None
+    """[batch, seq] float: log-probabilities under the policy before this update."""
+    ref_logprobs: Tensor | None = None
+    """[batch, seq] float: log-probabilities under the frozen reference."""
+    advantages: Tensor | None = None
+    """[batch, seq] float."""
+    returns: Tensor | None = None
+    """[batch, seq] float: regression targets of the value model."""
+    old_values: Tensor | None = None
+    """[batch, seq] float: values before this update."""
+    margins: Tensor | None = None
+    """[pairs] float: by how much the chosen answer should win (reward models); rows are chosen first, then rejected."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch with every tensor on `device`."""
+        moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Batch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})
+
+
+@dataclass(slots=True, kw_only=True)
+class Rollout:
+    """One sampled response with everything the update needs; per-token fields are [response]."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    rollout_logprobs: Tensor
+    """[response] float32: log-probability of each sampled token under exactly the distribution it was drawn from."""
+    finish_reason: str
+    """`stop` when an end token was sampled (it is the last response id), `length` when the budget ran out."""
+    prompt_index: int
+    """Which prompt of the data set."""
+    sample_index: int = 0
+    """Which of the prompt's samples."""
+    reward: float = 0.0
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    old_values: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+
+
+@dataclass(slots=True)
+class LossOutput:
+    """What an objective returns for one micro-batch: sums only, never means, so that micro-batches add up."""
+
+    losses: dict[str, Tensor]
+    """Term -> sum over this micro-batch (a scalar with gradient)."""
+    metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Name -> (sum, weight), both detached scalars; reported as sum / weight over the whole step."""
+
+
+@dataclass(slots=True)
+class ModelOutput:
+    """What a model returns. Fields that do not apply are None."""
+
+    logits: Tensor | None = None
+    """[batch, seq, vocab], or [batch, num_labels]."""
+    last_hidden_state: Tensor | None = None
+    """[batch, seq, d_model], after the final norm."""
+    scores: Tensor | None = None
+    """[batch]: a reward model's verdict, read at the last real token."""
+    values: Tensor | None = None
+    """[batch, seq]: a value model's estimate at each position."""
+    encoder_states: Tensor | None = None
+    """[batch, source_seq, d_model]."""
+    aux: dict[str, Tensor] | None = None
+    """Additive losses of the model itself (expert balance)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Where this process stands. dp counts the processes that see different data."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    dp_rank: int = 0
+    dp_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that writes shared files."""
+        return self.rank == 0
+
+
+class Model(Protocol):
+    """What engines, objectives and samplers may ask of a model. A model knows no ranks, no config framework, no logging."""
+
+    options: Any
+    """The arch options dataclass it was built from."""
+    head: Any
+    """`arch.heads` module that turns hidden states into logits, log-probabilities, losses, scores or values."""
+
+    def __call__(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        prefix_lengths: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        decoder_position_ids: Tensor | None = None,
+        decoder_segment_ids: Tensor | None = None,
+        encoder_states: Tensor | None = None,
+        cache: Any = None,
+        compute_logits: bool = True,
+    ) -> ModelOutput: ...
+
+    def blocks(self) -> Sequence[torch.nn.Module]:
+        """Return the repeated blocks, in order (units of sharding, checkpointing and compilation)."""
+        ...
+
+    def shard_plan(self) -> Mapping[str, str]:
+        """Return parameter-name pattern -> `column | row | vocab | sequence`."""
+        ...
+
+    def join(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int) -> Batch:
+        """Lay prompts and responses out as model inputs; `labels` holds the response ids where they are predicted.
+
+        Read row by row, the labelled positions of row i are the tokens of `responses[i]` in order.
+        """
+        ...
+
+    def new_cache(self, batch_size: int, max_seq_len: int, dtype: torch.dtype, device: torch.device | str) -> Any:
+        """Allocate a static key/value cache for generation."""
+        ...
+
+
+class Objective(Protocol):
+    """What is learned from a batch. Terms are additive: loss = sum_k coef_k * (sum of loss_k) / (sum of weight_k)."""
+
+    coefficients: Mapping[str, float]
+    """Term -> coefficient."""
+
+    def collate(self, examples: Sequence[Any]) -> Batch:
+        """Pad `examples` to one rectangle."""
+        ...
+
+    def weights(self, batch: Batch) -> dict[str, Tensor]:
+        """Term -> how much this batch weighs (target tokens, pairs, sequences), as scalars."""
+        ...
+
+    def loss(self, model: Model, batch: Batch) -> LossOutput:
+        """Run the model and return loss sums per term."""
+        ...
+
+
+@dataclass(slots=True, kw_only=True)
+class Document:
+    """A text to pretrain on."""
+
+    text: str
+    name: str = ""
+
+
+@dataclass(slots=True, kw_only=True)
+class Dialogue:
+    """A conversation to imitate; `messages` are `{"role": ..., "content": ...}`, the last one is the assistant's."""
+
+    messages: list[dict[str, str]]
+    task: str = ""
+
+
+@dataclass(slots=True, kw_only=True)
+class Pair:
+    """Two answers to one prompt, the first preferred."""
+
+    prompt: list[dict[str, str]]
+    chosen: str
+    rejected: str
+    kind: str = ""
+    """Where the rejected answer comes from: `corrupted`, `sampled`, or empty when unknown."""
+    task: str = ""
+
+
+@dataclass(slots=True, kw_only=True)
+class Prompt:
+    """Something to answer, with what a rule needs to judge the answer."""
+
+    messages: list[dict[str, str]]
+    answer: str | None = None
+    task: str = ""
+
+
+Record = Document | Dialogue | Pair | Prompt
+
+
+def sum_by_key(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Add up mappings of scalars key by key."""
+    total: dict[str, Tensor] = {}
+    for part in parts:
+        for key, value in part.items():
+            total[key] = total[key] + value if key in total else value
+    return total
