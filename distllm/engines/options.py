@@ -1,0 +1,20 @@
+"""Settings of the engine: how the mathematics is laid out on the hardware, never what is computed."""
+
+from dataclasses import dataclass
+
+from distllm.types import free
+
+
+@dataclass(kw_only=True, slots=True)
+class EngineOptions:
+    """How a model is run."""
+
+    name: str = free("single")
+    compile: bool = free(False)
+    """Compile each block with torch.compile (needs a C compiler on a CPU)."""
+    activation_checkpointing: str = free("none")
+    """`none`, or `full`: recompute each block in the backward pass; saves memory, costs about a third more time."""
+    device: str = free("auto")
+    """`auto` (cuda if there is one, else cpu), `cpu` or `cuda`."""
+    threads: int = free(0)
+    """CPU threads; 0 uses every core this process may run on."""
