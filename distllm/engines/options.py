@@ -14,6 +14,13 @@ class EngineOptions:
     """Compile each block with torch.compile (needs a C compiler on a CPU)."""
     activation_checkpointing: str = free("none")
     """`none`, or `full`: recompute each block in the backward pass; saves memory, costs about a third more time."""
+
+
+@dataclass(kw_only=True, slots=True)
+class HardwareOptions:
+    """What the machine offers to a process."""
+
+    name: str = free("auto")
     device: str = free("auto")
     """`auto` (cuda if there is one, else cpu), `cpu` or `cuda`."""
     threads: int = free(0)
