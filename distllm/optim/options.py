@@ -26,7 +26,7 @@ class AdamWOptions:
 class ScheduleOptions:
     """Shape of the learning rate over the run."""
 
-    name: str = "wsd"
+    name: str = "constant"
     warmup_steps: int = 0
     """Steps of linear rise from 0 to the peak."""
     decay_fraction: float = 0.5

@@ -1,0 +1,123 @@
+"""The training loop of every stage: next micro-batches, step, log, evaluate, save, stop on a signal.
+
+Pretraining, SFT and reward modelling differ from each other, and from RL, only in the `Source` that hands out work.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from distllm.engines.base import Engine
+from distllm.errors import EngineError
+from distllm.optim.constant import Constant
+from distllm.train.meters import Meters
+from distllm.train.options import TrainOptions
+from distllm.train.step import StepResult, optimizer_step, sample_ids
+from distllm.types import Batch, Objective
+
+
+@dataclass(slots=True)
+class Work:
+    """What one engine learns in one step."""
+
+    engine: Engine
+    objective: Objective
+    micro_batches: Sequence[Batch]
+    schedule: Constant
+    lr: float
+    """Peak learning rate; the schedule scales it."""
+
+
+class Source(Protocol):
+    """Hands out the work of each step. In RL this is where responses are sampled and scored."""
+
+    def next(self, step: int) -> tuple[list[Work], dict[str, float]]:
+        """Return the work of 0-based `step` and metrics of how it was made."""
+        ...
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return what the source needs to go on: tensors, and the rest as JSON."""
+        ...
+
+    def load_state(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Take over what `state` returned."""
+        ...
+
+
+@dataclass(slots=True)
+class Loop:
+    """What the loop needs; `run.state` turns it into a checkpoint and back."""
+
+    options: TrainOptions
+    stage: str
+    source: Source
+    log: Callable[[int, dict[str, Any]], None]
+    """Write one line of metrics."""
+    evaluate: Callable[[int], dict[str, float]]
+    """Look at held-out data; the argument is the number of finished steps."""
+    save: Callable[[Loop], None]
+    stop_requested: Callable[[], bool]
+    progress: Callable[[int, dict[str, float]], None]
+    """Move the progress line."""
+    step: int = 0
+    """Finished optimizer steps."""
+    num_skipped: int = 0
+    meters: Meters = field(default_factory=Meters)
+
+    def run(self) -> bool:
+        """Train up to `max_steps`; return False when a signal stopped it first. Always leaves a checkpoint."""
+        options = self.options
+        while self.step < options.max_steps and not self.stop_requested():
+            started = time.monotonic()
+
+            work, metrics = self.source.next(self.step)
+            for part in work:
+                result = optimizer_step(
+                    part.engine,
+                    part.objective,
+                    part.micro_batches,
+                    part.lr * part.schedule.ratio(self.step),
+                )
+                self._guard(part, result)
+                metrics |= self._named(part, result)
+            self.step += 1
+
+            self.meters.add(metrics, work, time.monotonic() - started)
+            self.progress(self.step, metrics)
+            if self.step % options.log_every_steps == 0 or self.step == options.max_steps:
+                self.log(self.step, {"stage": self.stage, **self.meters.flush()})
+            if options.eval_every_steps and self.step % options.eval_every_steps == 0:
+                self.log(self.step, {"stage": self.stage, **self.evaluate(self.step)})
+            if self.step % options.save_every_steps == 0 and self.step < options.max_steps:
+                self.save(self)
+
+        self.save(self)
+        return self.step >= options.max_steps
+
+    def _guard(self, part: Work, result: StepResult) -> None:
+        """Count a skipped step, and stop when there are too many."""
+        if not result.skipped:
+            return
+        self.num_skipped += 1
+        if self.num_skipped > self.options.max_skipped_steps:
+            what = f"loss {result.loss}" if result.loss != result.loss or abs(result.loss) == float("inf") else "gradient"
+            raise EngineError(
+                f"Step {self.step + 1} of the {part.engine.role}: non-finite {what} on samples "
+                f"{sample_ids(part.micro_batches)[:32]}. The weights were not touched. {self.num_skipped} steps "
+                f"were skipped and train.max_skipped_steps={self.options.max_skipped_steps}; look at these "
+                "samples, lower optim.lr, or raise train.max_skipped_steps."
+            )
+
+    def _named(self, part: Work, result: StepResult) -> dict[str, float]:
+        """Prefix a step's numbers: `train/` for the only or policy engine, `<role>/` for others."""
+        prefix = "train" if part.engine.role in ("model", "policy") else part.engine.role
+        named = {f"{prefix}/loss": result.loss, f"{prefix}/grad_norm": result.grad_norm}
+        named[f"{prefix}/lr"] = part.lr * part.schedule.ratio(self.step)
+        for key, value in result.metrics.items():
+            named[key if "/" in key else f"{prefix}/{key}"] = value
+        return named
