@@ -1,0 +1,106 @@
+"""Writes that survive a kill and a power cut, and the switch by which tests kill us in the middle of one.
+
+Every durable write goes aside first, is fsynced, renamed into place, and the folder is fsynced after.
+What is written lives elsewhere: `checkpoint.py`, `run_dir.py`.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+CHUNK_BYTES = 8 * 2**20
+"""Bytes handed to the kernel and to the hash at a time."""
+
+_hits: dict[str, int] = {}
+
+
+def fault_point(name: str) -> None:
+    """Kill this process with SIGKILL if DISTLLM_TEST_FAULT asks for it here; otherwise do nothing.
+
+    The variable holds `NAME`, or `NAME@N` for the N-th time that the point is passed.
+    """
+    wanted = os.environ.get("DISTLLM_TEST_FAULT")
+    if not wanted:
+        return
+    point, _, nth = wanted.partition("@")
+    if point != name:
+        return
+    _hits[name] = _hits.get(name, 0) + 1
+    if _hits[name] == int(nth or 1):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def write_file(path: Path, data: bytes | memoryview, midway: str = "") -> str:
+    """Create `path` with `data`, fsync it, and return the SHA-256 of the bytes in hex.
+
+    `midway` names a fault point passed when about half of the bytes are written.
+    """
+    view = memoryview(data)
+    chunk_bytes = max(1, min(CHUNK_BYTES, (len(view) + 1) // 2))
+    digest = hashlib.sha256()
+    middle = len(view) // 2
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        for start in range(0, len(view), chunk_bytes):
+            chunk = view[start : start + chunk_bytes]
+            digest.update(chunk)
+            while chunk:
+                chunk = chunk[os.write(fd, chunk) :]
+            if midway and start <= middle < start + chunk_bytes:
+                fault_point(midway)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    return digest.hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_dir(path: Path) -> None:
+    """Make the names in a folder durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def free_bytes(path: Path) -> int:
+    """Return how many bytes an ordinary user can still write on the disk that holds `path`."""
+    disk = os.statvfs(path)
+    return disk.f_bavail * disk.f_frsize
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Replace `path` with `text`: a reader, a kill or a power cut sees the old file or the new one."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        aside.unlink(missing_ok=True)
+        write_file(aside, text.encode())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    sync_dir(path.parent)
+
+
+def atomic_write_json(path: Path, value: Any) -> None:
+    """Replace `path` with `value` as indented JSON. See `atomic_write_text`."""
+    atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder; fine if it is gone already."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

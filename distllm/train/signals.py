@@ -1,0 +1,91 @@
+"""Stopping on request, and children that do not outlive us.
+
+SIGTERM, SIGINT and SIGUSR1 ask for one checkpoint at the next step boundary and exit code 3. Asked again
+at least 2 s later, the process ends at once with 128 + the signal's number and saves nothing more.
+"""
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+STOPPED_EXIT_CODE = 3
+"""Exit code after a clean save on request: start again to resume."""
+
+GRACE_S = 2.0
+"""Signals this soon after the first are copies of it (terminal, launcher and scheduler all forward)."""
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+class StopFlag:
+    """Turns signals into a flag that the loop reads between steps.
+
+    Use as a context manager; leaving it puts the earlier handlers back. Outside the main thread Python
+    delivers no signals, so there the flag just stays down.
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        """The first signal that arrived."""
+        self._first_s = 0.0
+        self._before: dict[int, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """True once a signal has arrived."""
+        return self.signum is not None
+
+    def __enter__(self) -> "StopFlag":
+        if threading.current_thread() is threading.main_thread():
+            for signum in SIGNALS:
+                self._before[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+        self._before.clear()
+
+    def _handle(self, signum: int, _frame: FrameType | None) -> None:
+        name = signal.Signals(signum).name
+        if self.signum is None:
+            self.signum = signum
+            self._first_s = time.monotonic()
+            _tell(f"{name}: saving after this step, then stopping. Again after 2 s stops at once.")
+        elif time.monotonic() - self._first_s >= GRACE_S:
+            _tell(f"{name} again: stopping at once.")
+            os._exit(128 + signum)
+
+
+def die_with_parent(*, parent_pid: int | None = None) -> None:
+    """Have the kernel kill this process when its parent dies. Call in the child; Linux only.
+
+    For `subprocess`: `preexec_fn=functools.partial(die_with_parent, parent_pid=os.getpid())`. In a
+    `multiprocessing` child the parent is known: call without arguments. Trap: the kernel counts the
+    *thread* that started the child as the parent, so start children from a thread that stays.
+    """
+    if _libc is None:
+        return
+    if parent_pid is None:
+        parent = multiprocessing.parent_process()
+        parent_pid = parent.pid if parent is not None else os.getppid()
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent_pid:  # it died before the call above took effect
+        os._exit(128 + signal.SIGKILL)
+
+
+def _tell(text: str) -> None:
+    """Write to stderr without the buffers and locks that the interrupted code may hold."""
+    show_cursor = "\x1b[?25h" if sys.stderr is not None and os.isatty(2) else ""
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{show_cursor}distllm: {text}\n".encode())
