@@ -4,9 +4,7 @@ Nothing here knows a model, a batch or a rank. Who calls these, and with which s
 `rl/loop.py` and `rl/algorithms/`. Every function works in the dtype it is given, at least float32.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
+from collections.abc import Callable
 import torch
 from torch import Tensor
 
@@ -110,7 +108,7 @@ def whiten(
     shift_mean: bool = True,
     *,
     eps: float = 1e-8,
-    all_sum: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
+    all_sum: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
 ) -> Tensor:
     """Scale `x` to variance 1 and, with `shift_mean`, to mean 0.
 
@@ -122,19 +120,19 @@ def whiten(
         x: values of any shape; all of them count, so leave padding out.
         shift_mean: False keeps the mean (rewards whose sign carries meaning).
         eps: added to the variance.
-        all_sum: sums a mapping of scalars over the processes that hold the other parts of the
-            step; all of them must call. None when this process holds everything.
+        all_sum: `Engine.all_sum`, for a process that holds a part of the step; every data-parallel
+            process must call. None when this process holds everything.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     wide = x.to(torch.float64)
     totals = all_sum or (lambda parts: parts)
-    first = totals({"sum": float(wide.sum()), "count": float(wide.numel())})
-    count = max(float(first["count"]), 1.0)
-    mean = float(first["sum"]) / count
+    count = torch.tensor(float(x.numel()), dtype=torch.float64, device=x.device)
+    first = totals({"sum": wide.sum(), "count": count})
+    count = first["count"].clamp(min=1)
+    mean = first["sum"] / count
     # A second pass over centred values: E[x^2] - E[x]^2 loses all digits when the mean is large.
-    second = totals({"squares": float((wide - mean).square().sum())})
-    variance = float(second["squares"]) / count
-    scaled = (wide - mean) / (variance + eps) ** 0.5
+    second = totals({"squares": (wide - mean).square().sum()})
+    scaled = (wide - mean) * torch.rsqrt(second["squares"] / count + eps)
     return (scaled if shift_mean else scaled + mean).to(dtype)
 
 
