@@ -1,0 +1,182 @@
+"""What is read from the hidden states: next-token distributions, a score per sequence, a value per position.
+
+Heads hold the parameters, so a loss that needs them is asked of the head. The one way to use a head from an objective:
+`hidden = model(..., compute_logits=False).last_hidden_state`, then `model.head.loss(hidden, labels)`,
+`.logprobs(hidden, labels)`, `.values(hidden)` or, for both kinds of reward model, `.scores(hidden, batch)`.
+With `compute_logits=True` the model itself fills `.logits`, `.values` or `.scores`, whichever the head can compute
+without labels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distllm.layers.cross_entropy import linear_cross_entropy, linear_logprobs
+from distllm.layers.init import InitRules
+from distllm.layers.precision import wide
+from distllm.types import IGNORE_INDEX, Batch, ModelOutput
+
+
+class LMHead(nn.Module):
+    """Next-token distribution: hidden @ weight.T, where `weight` may be the embedding's."""
+
+    def __init__(self, vocab_size: int, d_model: int, tied_to: nn.Embedding | None) -> None:
+        super().__init__()
+        # In a tuple, so that the shared weight has one name only: the embedding's.
+        self._tied_to = (tied_to,)
+        if tied_to is None:
+            self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
+
+    @property
+    def projection(self) -> Tensor:
+        """The output matrix [vocab, d_model]."""
+        (embedding,) = self._tied_to
+        return self.weight if embedding is None else embedding.weight
+
+    @staticmethod
+    def init_rules(d_model: int, init_std: float) -> InitRules:
+        """Return the initialisation of this head's parameters."""
+        return {"head.weight": ("normal", init_std)}
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor | None) -> ModelOutput:
+        """Fill `.logits`."""
+        return ModelOutput(logits=self.logits(hidden))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Map [..., d_model] to [..., vocab]."""
+        return F.linear(hidden, self.projection)
+
+    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Sum the cross-entropy over labelled positions.
+
+        Args:
+            hidden: [batch, seq, d_model].
+            labels: [batch, seq]: the id position t must predict, IGNORE_INDEX where there is none.
+
+        Returns:
+            Scalar; 0 with a graph attached when nothing is labelled.
+        """
+        return linear_cross_entropy(hidden.flatten(0, 1), self.projection, labels.flatten())
+
+    def logprobs(
+        self, hidden: Tensor, labels: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probability of each label and entropy at its position, 0 where there is no label.
+
+        Args:
+            hidden: [batch, seq, d_model].
+            labels: [batch, seq].
+            temperature: divides the logits for both results.
+
+        Returns:
+            (logprobs, entropy), each [batch, seq].
+        """
+        rows = (labels.flatten() != IGNORE_INDEX).nonzero()[:, 0]
+        picked = linear_logprobs(
+            hidden.flatten(0, 1).index_select(0, rows),
+            self.projection,
+            labels.flatten().index_select(0, rows),
+            temperature,
+        )
+        logprobs, entropy = (
+            x.new_zeros(labels.numel()).index_copy(0, rows, x).view(labels.shape) for x in picked
+        )
+        return logprobs, entropy
+
+
+class _Normalised(nn.Module):
+    """Scores reported as (score - reward_mean) / reward_std; 0 and 1 until set."""
+
+    reward_mean: Tensor
+    reward_std: Tensor
+
+    def _register_norm(self) -> None:
+        self.register_buffer("reward_mean", torch.tensor(0.0, device="cpu"))
+        self.register_buffer("reward_std", torch.tensor(1.0, device="cpu"))
+
+    def _normalise(self, scores: Tensor) -> Tensor:
+        return (scores - self.reward_mean) / self.reward_std
+
+
+class LikelihoodHead(LMHead, _Normalised):
+    """A reward model that is a language model: the score of a response is its summed log-probability."""
+
+    def __init__(self, vocab_size: int, d_model: int, tied_to: nn.Embedding | None) -> None:
+        super().__init__(vocab_size, d_model, tied_to)
+        self._register_norm()
+
+    def scores(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Sum the log-probabilities of `batch.labels` per row, at temperature 1: [batch]."""
+        if batch.labels is None:
+            raise ValueError("a likelihood head scores labelled responses; batch.labels is None")
+        return self._normalise(self.logprobs(hidden, batch.labels)[0].sum(dim=1))
+
+
+class LastTokenHead(_Normalised):
+    """A reward model's scalar, read at the last real token of each row."""
+
+    def __init__(self, vocab_size: int, d_model: int, tied_to: nn.Embedding | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, d_model))
+        self._register_norm()
+
+    @staticmethod
+    def init_rules(d_model: int, init_std: float) -> InitRules:
+        """Return the initialisation of this head's parameters: N(0, 1 / (d_model + 1)).
+
+        Reference: Stiennon et al. 2020, arXiv 2009.01325, appendix B.1.
+        """
+        return {"head.weight": ("normal", (d_model + 1) ** -0.5)}
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor | None) -> ModelOutput:
+        """Fill `.scores`."""
+        return ModelOutput(scores=self._score(hidden, attention_mask))
+
+    def scores(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Score each row of `hidden` [batch, seq, d_model] at the last True of `batch.attention_mask`: [batch]."""
+        if batch.segment_ids is not None:
+            raise ValueError("a score per row needs one sequence per row; segment_ids mark packing")
+        return self._score(hidden, batch.attention_mask)
+
+    def _score(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+        if attention_mask is None:
+            last = hidden[:, -1]
+        else:
+            columns = torch.arange(hidden.shape[1], device=hidden.device)
+            ends = torch.where(attention_mask.bool(), columns, 0).amax(dim=1)
+            last = hidden[torch.arange(len(ends), device=ends.device), ends]
+        # One scalar per row costs nothing, so it is computed outside autocast, in full precision.
+        precise = last.to(wide(last.dtype))
+        return self._normalise((precise * self.weight).sum(dim=-1))
+
+
+class ValueHead(nn.Module):
+    """A value model's scalar at each position, 0 at the start."""
+
+    def __init__(self, vocab_size: int, d_model: int, tied_to: nn.Embedding | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, d_model))
+        self.bias = nn.Parameter(torch.empty(1))
+
+    @staticmethod
+    def init_rules(d_model: int, init_std: float) -> InitRules:
+        """Return the initialisation of this head's parameters."""
+        return {"head.*": ("constant", 0.0)}
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor | None) -> ModelOutput:
+        """Fill `.values`."""
+        return ModelOutput(values=self.values(hidden))
+
+    def values(self, hidden: Tensor) -> Tensor:
+        """Map [batch, seq, d_model] to [batch, seq], in float32 or wider."""
+        return (hidden.to(wide(hidden.dtype)) * self.weight[0]).sum(dim=-1) + self.bias
+
+
+HEADS: dict[str, type[LMHead] | type[LastTokenHead] | type[ValueHead]] = {
+    "lm": LMHead,
+    "last": LastTokenHead,
+    "value": ValueHead,
+    "likelihood": LikelihoodHead,
+}

@@ -1,0 +1,274 @@
+"""Model directories in Hugging Face layout: config.json, model.safetensors, the tokenizer's files, a model card.
+
+Which names and settings a family uses is in `arch/hf/`, one file per family. Training checkpoints are not made here:
+they are in `train/checkpoint.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pkgutil
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distllm import registry
+from distllm.arch import hf
+from distllm.errors import CheckpointError
+
+_FRESH_HEAD = "head."
+
+
+def load_model(
+    folder: str | Path,
+    head: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> tuple[Any, Any]:
+    """Read a model and its tokenizer from a directory in Hugging Face layout; nothing is fetched from a network.
+
+    Args:
+        folder: the directory.
+        head: None keeps the saved head. A language model can be given another head; its new parameters are drawn
+            from `seed`.
+        device: where to put the model.
+        dtype: of the weights.
+        seed: of parameters that are not in the directory.
+
+    Returns:
+        (model in eval mode, tokenizer or None when the directory holds none).
+
+    Raises:
+        CheckpointError: files are missing or damaged, or the tensors are not those of the configuration.
+    """
+    folder = Path(folder)
+    config, tensors = read_config(folder), read_tensors(folder)
+    options, state, saved_head = _family(config, folder).from_hf(config, tensors)
+    model_class = registry.get("arch", options.name)
+    wanted_head = head or saved_head
+    with torch.device("meta"):
+        model = model_class(options, head=wanted_head)
+    if wanted_head != saved_head:
+        _swap_head(model, state, saved_head, folder)
+    fresh = (
+        {n for n in _expected(model) if n.startswith(_FRESH_HEAD)}
+        if wanted_head != saved_head
+        else set()
+    )
+    _check_tensors(model, state, fresh, folder)
+    _fill_fresh(model, state, seed)
+    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+    model.load_state_dict(state, assign=True)
+    return model.to(device).eval(), read_tokenizer(folder)
+
+
+def save_model(
+    model: nn.Module,
+    tokenizer: Any,
+    folder: str | Path,
+    *,
+    state: Mapping[str, Tensor] | None = None,
+    end_ids: Sequence[int] = (),
+    card: str = "",
+) -> None:
+    """Write a directory that `load_model` and transformers read. It appears whole or not at all.
+
+    Args:
+        model: gives the shape, the head and, without `state`, the weights.
+        tokenizer: written beside the weights; None writes none.
+        folder: created, or replaced.
+        state: full tensors by our parameter names, where the model itself holds only shards.
+        end_ids: further token ids that end a response (an end-of-turn token), for generation_config.json.
+        card: Markdown appended to the model card.
+    """
+    from safetensors.torch import save_file
+
+    options, head = model.options, model.head_name
+    family = next(m for m in _families() if m.ARCH == options.name)
+    state = dict(model.state_dict() if state is None else state)
+    config, tensors = family.to_hf(options, state, head)
+    special = _special_ids(tokenizer, end_ids)
+    config |= {k: special.get(k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if isinstance(config["eos_token_id"], list):
+        config["eos_token_id"] = tokenizer.eos_token_id
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
+    _write_json(aside / "config.json", config)
+    _write_json(aside / "generation_config.json", special)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(aside)
+    num_parameters = sum(v.numel() for v in tensors.values())
+    (aside / "README.md").write_text(_card(config, num_parameters, card), encoding="utf-8")
+    _put_in_place(aside, folder)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read config.json.
+
+    Raises:
+        CheckpointError: it is missing or not JSON.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} is not a model directory: it has no config.json. Give the directory that holds "
+            "config.json and model.safetensors (a run's is RUN/model)."
+        )
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Read model.safetensors, or the shards that model.safetensors.index.json lists.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    index = folder / "model.safetensors.index.json"
+    files = [folder / "model.safetensors"]
+    if index.is_file():
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        files = [folder / name for name in sorted(set(shards))]
+    tensors: dict[str, Tensor] = {}
+    for path in files:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; weights are read from safetensors only.")
+        try:
+            tensors |= load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is damaged or cut short: {error}.") from error
+    return tensors
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """Read the tokenizer beside a model; None when there is none."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _families() -> list[ModuleType]:
+    return [
+        importlib.import_module(f"{hf.__name__}.{m.name}")
+        for m in pkgutil.iter_modules(hf.__path__)
+    ]
+
+
+def _family(config: Mapping[str, Any], folder: Path) -> ModuleType:
+    known = {m.MODEL_TYPE: m for m in _families()}
+    model_type = config.get("model_type")
+    if model_type not in known:
+        raise CheckpointError(
+            f"{folder}/config.json has model_type={model_type}; readable are {', '.join(sorted(known))}."
+        )
+    return known[model_type]
+
+
+def _expected(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.state_dict())
+
+
+def _swap_head(model: nn.Module, state: dict[str, Tensor], saved_head: str, folder: Path) -> None:
+    """Drop the saved head's own tensors unless the new head has the same ones."""
+    language = ("lm", "likelihood")
+    if saved_head in language and model.head_name in language:
+        return
+    if saved_head not in language:
+        raise CheckpointError(
+            f"{folder} holds a model with the head {saved_head}; only a language model can be given "
+            f"another head ({model.head_name} was asked for)."
+        )
+    for name in [n for n in state if n.startswith(_FRESH_HEAD)]:
+        del state[name]
+
+
+def _check_tensors(
+    model: nn.Module, state: Mapping[str, Tensor], fresh: set[str], folder: Path
+) -> None:
+    expected = _expected(model)
+    buffers = {name for name, _ in model.named_buffers()}
+    missing = sorted(set(expected) - set(state) - fresh - buffers)
+    extra = sorted(set(state) - set(expected))
+    wrong = [
+        f"{name} is {list(state[name].shape)}, config.json says {list(expected[name].shape)}"
+        for name in sorted(set(expected) & set(state))
+        if state[name].shape != expected[name].shape
+    ]
+    problems = [
+        *([f"missing: {_few(missing)}"] if missing else []),
+        *([f"not part of the model: {_few(extra)}"] if extra else []),
+        *([f"wrong shape: {_few(wrong)}"] if wrong else []),
+    ]
+    if problems:
+        raise CheckpointError(
+            f"the weights in {folder} do not fit the model. {'; '.join(problems)}."
+        )
+
+
+def _few(names: Sequence[str], limit: int = 6) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _fill_fresh(model: nn.Module, state: dict[str, Tensor], seed: int) -> None:
+    from distllm.layers.init import initial_value
+
+    rules = model.init_rules()
+    for name, parameter in model.named_parameters():
+        if name not in state:
+            state[name] = initial_value(rules, name, parameter.shape, seed)
+    for name, default in (("head.reward_mean", 0.0), ("head.reward_std", 1.0)):
+        if name in _expected(model):
+            state.setdefault(name, torch.tensor(default))
+
+
+def _special_ids(tokenizer: Any, end_ids: Sequence[int]) -> dict[str, Any]:
+    special: dict[str, Any] = {}
+    if tokenizer is not None:
+        keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+        special = {k: getattr(tokenizer, k) for k in keys if getattr(tokenizer, k) is not None}
+    if end_ids:
+        own = special.get("eos_token_id")
+        special["eos_token_id"] = sorted({*end_ids, *([] if own is None else [own])})
+    return special
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _card(config: Mapping[str, Any], num_parameters: int, extra: str) -> str:
+    return (
+        f"# {config['architectures'][0]}\n\nTrained with distllm. {num_parameters:,} parameters, "
+        f"{config['num_hidden_layers']} layers of width {config['hidden_size']}, vocabulary "
+        f"{config['vocab_size']:,}, context {config['max_position_embeddings']:,} tokens.\n\n"
+        f'Load it with `distllm.load_model("DIR")`.\n{extra}'
+    )
+
+
+def _put_in_place(aside: Path, folder: Path) -> None:
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    if folder.exists():
+        folder.rename(old)
+    aside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

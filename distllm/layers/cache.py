@@ -1,0 +1,71 @@
+"""A static key/value cache: memory is taken once, every row writes the same column (pad prompts on the left)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Keys and values of all layers, [n_layers, 2, batch, n_kv_heads, max_seq_len, d_head].
+
+    The model appends at column `length` and advances it once per call. `select` and `repeat` change the rows in place
+    and return the cache.
+    """
+
+    def __init__(
+        self,
+        n_layers: int,
+        batch_size: int,
+        n_kv_heads: int,
+        max_seq_len: int,
+        d_head: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        shape = (n_layers, 2, batch_size, n_kv_heads, max_seq_len, d_head)
+        self.data = torch.zeros(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows."""
+        return self.data.shape[2]
+
+    @property
+    def max_seq_len(self) -> int:
+        """Number of columns there is room for."""
+        return self.data.shape[4]
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write `k`, `v` [batch, seq, n_kv_heads, d_head] of the new tokens; return all keys and values so far.
+
+        Raises:
+            ValueError: there is no room, or the number of rows differs.
+        """
+        end = self.length + k.shape[1]
+        if end > self.max_seq_len:
+            raise ValueError(
+                f"the cache has room for {self.max_seq_len} tokens; {self.length} are in it and "
+                f"{k.shape[1]} more were given"
+            )
+        if k.shape[0] != self.batch_size:
+            raise ValueError(f"the cache has {self.batch_size} rows, the input has {k.shape[0]}")
+        keys, values = self.data[layer]
+        keys[:, :, self.length : end] = k.transpose(1, 2)
+        values[:, :, self.length : end] = v.transpose(1, 2)
+        return keys[:, :, :end].transpose(1, 2), values[:, :, :end].transpose(1, 2)
+
+    def advance(self, num_tokens: int) -> None:
+        """Move `length` past the tokens that every layer has appended."""
+        self.length += num_tokens
+
+    def select(self, rows: Tensor) -> KVCache:
+        """Keep the rows `rows` [num_rows] int64, in that order."""
+        self.data = self.data.index_select(2, rows)
+        return self
+
+    def repeat(self, num: int) -> KVCache:
+        """Repeat every row `num` times, copies next to each other."""
+        self.data = self.data.repeat_interleave(num, dim=2)
+        return self
