@@ -39,6 +39,15 @@ class Meters:
         self._clear()
         return {k: v for k, v in out.items() if not (isinstance(v, float) and math.isnan(v))}
 
+    def state(self) -> dict[str, Any]:
+        """Return the collected numbers as JSON; times start anew after a resume."""
+        return {"sums": self._sums, "steps": self._steps, "tokens": self._tokens}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what `state` returned."""
+        self._sums = {k: list(v) for k, v in state["sums"].items()}
+        self._steps, self._tokens = state["steps"], state["tokens"]
+
     def _clear(self) -> None:
         self._sums: dict[str, list[float]] = {}
         self._tokens, self._seconds, self._steps = 0, 0.0, 0

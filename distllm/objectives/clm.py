@@ -1,0 +1,63 @@
+"""Causal language modelling: predict each next token of a document."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distllm.data.packing import PackedRow
+from distllm.registry import register
+from distllm.types import IGNORE_INDEX, Batch, LossOutput, Model
+
+
+@dataclass(kw_only=True, slots=True)
+class PretrainOptions:
+    """Learn a language from raw text."""
+
+    name: str = "pretrain"
+    objective: str = "auto"
+    """What is predicted; `auto` is the architecture's own: `clm` for a decoder."""
+
+
+@register("objective")
+class CLM:
+    """Sum of the negative log-probabilities of all labelled tokens, in nats; weight: their number."""
+
+    Options = PretrainOptions
+    coefficients: Mapping[str, float] = {"lm": 1.0}
+
+    def __init__(self, options: Any, pad_id: int) -> None:
+        self.options, self.pad_id = options, pad_id
+
+    def collate(self, examples: Sequence[PackedRow]) -> Batch:
+        """Stack packed rows; positions and attention restart with each document."""
+        return Batch(
+            input_ids=_stack([e.input_ids for e in examples]),
+            labels=_stack([e.labels for e in examples]),
+            segment_ids=_stack([e.segment_ids for e in examples]),
+            sample_ids=torch.tensor([e.sample_id for e in examples]),
+        )
+
+    def weights(self, batch: Batch) -> dict[str, Tensor]:
+        """Count the labelled tokens."""
+        assert batch.labels is not None
+        return {"lm": (batch.labels != IGNORE_INDEX).sum().double()}
+
+    def loss(self, model: Model, batch: Batch) -> LossOutput:
+        """Sum the losses without ever holding all logits."""
+        out = model(
+            batch.input_ids,
+            batch.attention_mask,
+            position_ids=batch.position_ids,
+            segment_ids=batch.segment_ids,
+            compute_logits=False,
+        )
+        return LossOutput({"lm": model.head.loss(out.last_hidden_state, batch.labels)})
+
+
+def _stack(rows: Sequence[Any]) -> Tensor:
+    return torch.stack([torch.as_tensor(row, dtype=torch.int64) for row in rows])

@@ -1,0 +1,76 @@
+"""No-gradient passes over finished rollouts: log-probabilities, values, and summaries of what was sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distllm.engines.base import Engine
+from distllm.rl.objective import Join, collate_rollouts, per_response
+from distllm.types import Batch, Model, Rollout
+
+
+def score_logprobs(
+    engine: Engine,
+    rollouts: Sequence[Rollout],
+    join: Join,
+    pad_id: int,
+    temperature: float,
+    batch_size: int,
+) -> list[Tensor]:
+    """Return the log-probability of each response token under `engine`'s model, one [response] per rollout."""
+
+    def run(model: Model, batch: Batch) -> Tensor:
+        out = model(batch.input_ids, batch.attention_mask, compute_logits=False)
+        return model.head.logprobs(out.last_hidden_state, batch.labels, temperature)[0]
+
+    return _over_batches(run, engine, rollouts, join, pad_id, batch_size)
+
+
+def score_values(
+    engine: Engine, rollouts: Sequence[Rollout], join: Join, pad_id: int, batch_size: int
+) -> list[Tensor]:
+    """Return the value before each response token, one [response] per rollout."""
+    return _over_batches(token_values, engine, rollouts, join, pad_id, batch_size)
+
+
+def token_values(model: Model, batch: Batch) -> Tensor:
+    """Return the value model's estimates, [batch, seq]."""
+    out = model(batch.input_ids, batch.attention_mask, compute_logits=False)
+    return model.head.values(out.last_hidden_state)
+
+
+def _over_batches(
+    run: Any, engine: Engine, rollouts: Sequence[Rollout], join: Join, pad_id: int, batch_size: int
+) -> list[Tensor]:
+    results: list[Tensor] = []
+    for start in range(0, len(rollouts), batch_size):
+        part = rollouts[start : start + batch_size]
+        batch = collate_rollouts(part, join, pad_id).to(engine.device)
+        results += per_response(part, batch, engine.infer(run, batch).float())
+    return results
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """Return 1 - Var(returns - values) / Var(returns); 1 is perfect, 0 no better than a constant."""
+    variance = returns.var(unbiased=False)
+    if variance == 0:
+        return 0.0
+    return float(1 - (returns - values).var(unbiased=False) / variance)
+
+
+def summarise(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Describe sampled rewards and lengths."""
+    rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float64)
+    scored = rewards[torch.isfinite(rewards)]
+    lengths = torch.tensor([float(len(r.response_ids)) for r in rollouts])
+    return {
+        "rl/reward_mean": scored.mean().item() if len(scored) else 0.0,
+        "rl/reward_std": scored.std(unbiased=False).item() if len(scored) else 0.0,
+        "rl/unscored": 1.0 - len(scored) / len(rewards),
+        "rl/response_length": lengths.mean().item(),
+        "rl/truncated": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
+    }

@@ -1,0 +1,83 @@
+"""The source of supervised stages: samples of a data set in the sampler's order, cut into micro-batches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from distllm.data.sampler import Sampler
+from distllm.engines.base import Engine
+from distllm.optim.constant import Constant
+from distllm.train.loop import Work
+from distllm.train.options import TrainOptions
+from distllm.types import Objective
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Which samples have been consumed: how many, and a rolling hash of their ids in order."""
+
+    position: int = 0
+    digest: str = ""
+
+    def take(self, sampler: Sampler, count: int) -> list[int]:
+        """Return the next `count` sample ids and enter them into the ledger."""
+        ids = sampler.indices(self.position, count)
+        self.position += count
+        self.digest = hashlib.sha256(
+            self.digest.encode() + np.asarray(ids, dtype="<i8").tobytes()
+        ).hexdigest()
+        return ids
+
+    def state(self) -> dict[str, Any]:
+        """Return the ledger as JSON."""
+        return {"position": self.position, "digest": self.digest}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what `state` returned."""
+        self.position, self.digest = state["position"], state["digest"]
+
+
+class SampleSource:
+    """Hands out `global_batch_size` samples a step, each process its share of every global batch."""
+
+    def __init__(
+        self,
+        dataset: Sequence[Any],
+        engine: Engine,
+        objective: Objective,
+        schedule: Constant,
+        lr: float,
+        options: TrainOptions,
+        seed: int,
+    ) -> None:
+        self.dataset, self.engine, self.objective = dataset, engine, objective
+        self.schedule, self.lr, self.options = schedule, lr, options
+        self.sampler = Sampler(len(dataset), seed, shuffle=options.shuffle)
+        self.ledger = Ledger()
+
+    def next(self, step: int) -> tuple[list[Work], dict[str, float]]:
+        """Return the work of 0-based `step`."""
+        ids = self.ledger.take(self.sampler, self.options.global_batch_size)
+        ranks = self.engine.ranks
+        mine = ids[ranks.dp_rank :: ranks.dp_size]
+        size = self.options.micro_batch_size
+        batches = [
+            self.objective.collate([self.dataset[i] for i in mine[start : start + size]])
+            for start in range(0, len(mine), size)
+        ]
+        work = Work(self.engine, self.objective, batches, self.schedule, self.lr)
+        return [work], {"data/epoch": self.ledger.position / len(self.sampler)}
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the position in the data."""
+        return {}, self.ledger.state()
+
+    def load_state(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Take over what `state` returned."""
+        self.ledger.load_state(state)
