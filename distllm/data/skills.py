@@ -1,0 +1,108 @@
+"""Chat tasks with verifiable answers, generated from a seed (`skill_tasks.py` has the tasks).
+
+Record i is a function of (seed, split, i) alone. Train and held-out are disjoint by content: a question belongs to
+the side that its hash says, whatever the seed.
+"""
+
+from __future__ import annotations
+
+import functools
+from random import Random
+
+from distllm.data.options import DataOptions
+from distllm.data.skill_tasks import TASKS, Exercise, Material, gather
+from distllm.data.source import Source, check_fraction, check_split, hash_share
+from distllm.data.stdlib import read_stdlib
+from distllm.errors import ConfigError
+from distllm.registry import register, unknown_name
+from distllm.types import Dialogue, Pair, Prompt
+
+MAX_TRIES = 2000
+"""Draws for one record before a task is said to have no question left."""
+
+
+def exact_match(response: str, answer: str) -> bool:
+    """Say whether a response is the answer, spaces around it aside."""
+    return response.strip() == answer.strip()
+
+
+@register("data")
+class SkillsSource(Source):
+    """Dialogues, pairs and prompts of the chosen tasks, taking turns."""
+
+    serves = ("dialogues", "pairs", "prompts")
+
+    def __init__(self, options: DataOptions, seed: int) -> None:
+        super().__init__(options, seed)
+        check_fraction(options.heldout_fraction)
+        self.tasks = list(options.tasks) or list(TASKS)
+        for task in self.tasks:
+            if task not in TASKS:
+                raise ConfigError(unknown_name("data.tasks", task, TASKS))
+        for name in ("num_train", "num_prompts", "num_heldout"):
+            if getattr(options, name) < 1:
+                raise ConfigError(f"data.{name}={getattr(options, name)} must be at least 1.")
+        self._cache: dict[tuple[str, int], list[tuple[str, Exercise]]] = {}
+
+    def dialogues(self, split: str) -> list[Dialogue]:
+        """Return questions with their right answers."""
+        return [
+            Dialogue(messages=[*_ask(e), {"role": "assistant", "content": e.answer}], task=task)
+            for task, e in self._exercises(split, self.options.num_train)
+        ]
+
+    def pairs(self, split: str) -> list[Pair]:
+        """Return the right answer against a corrupted one with as many characters."""
+        return [
+            Pair(prompt=_ask(e), chosen=e.answer, rejected=e.wrong, kind="corrupted", task=task)
+            for task, e in self._exercises(split, self.options.num_train)
+        ]
+
+    def prompts(self, split: str) -> list[Prompt]:
+        """Return questions with the answer a rule can check; the training ones go on beyond the dialogues."""
+        return [
+            Prompt(messages=_ask(e), answer=e.answer, task=task)
+            for task, e in self._exercises(split, self.options.num_prompts)
+        ]
+
+    def _exercises(self, split: str, num_train: int) -> list[tuple[str, Exercise]]:
+        """Draw the exercises of `split`: `num_train` of them, or `num_heldout` different ones."""
+        check_split(split)
+        count = num_train if split == "train" else self.options.num_heldout
+        if (split, count) not in self._cache:
+            self._cache[split, count] = self._draw(split, count)
+        return self._cache[split, count]
+
+    def _draw(self, split: str, count: int) -> list[tuple[str, Exercise]]:
+        material = _material()
+        held, fraction = split == "heldout", self.options.heldout_fraction
+        if held and fraction == 0:
+            raise ConfigError("data.heldout_fraction=0 leaves nothing to evaluate on. Set 0.05.")
+        seen: set[str] = set()
+        drawn = []
+        for index in range(count):
+            task = self.tasks[index % len(self.tasks)]
+            rng = Random(f"{self.seed} {split} {index}")
+            for _ in range(MAX_TRIES):
+                exercise = TASKS[task](rng, material)
+                ours = (hash_share(exercise.question) < fraction) == held
+                if ours and not (held and exercise.question in seen):
+                    break
+            else:
+                raise ConfigError(
+                    f"data.num_heldout={count} is more than data.tasks={task} has to offer: {index} records were "
+                    f"drawn, then {MAX_TRIES} draws found no new question. Lower data.num_heldout or raise "
+                    f"data.heldout_fraction={fraction}."
+                )
+            seen.add(exercise.question)
+            drawn.append((task, exercise))
+        return drawn
+
+
+@functools.cache
+def _material() -> Material:
+    return gather(read_stdlib())
+
+
+def _ask(exercise: Exercise) -> list[dict[str, str]]:
+    return [{"role": "user", "content": exercise.question}]

@@ -1,0 +1,120 @@
+"""What every source offers, and how to open one by name. The sources themselves are one file each."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import ClassVar
+
+from distllm.data.options import DataOptions
+from distllm.errors import ConfigError
+from distllm.registry import get
+from distllm.types import Dialogue, Document, Pair, Prompt, Record
+
+SPLITS = ("train", "heldout")
+"""The two sides of every source; no content is on both."""
+
+KINDS = {
+    "documents": "stage=pretrain",
+    "dialogues": "stage=sft",
+    "pairs": "stage=reward",
+    "prompts": "stage=ppo or stage=grpo",
+}
+"""What a source may serve -> the stages that learn from it."""
+
+
+class Source:
+    """Base of all sources: a kind of record that a source does not serve is a ConfigError that says what it serves."""
+
+    Options = DataOptions
+    serves: ClassVar[tuple[str, ...]] = ()
+    """Which of `KINDS` this source offers."""
+
+    def __init__(self, options: DataOptions, seed: int) -> None:
+        self.options = options
+        self.seed = seed
+
+    def documents(self, split: str) -> list[Document]:
+        """Return the texts of `split` (`train` or `heldout`)."""
+        raise self.cannot_serve("documents")
+
+    def dialogues(self, split: str) -> list[Dialogue]:
+        """Return the conversations of `split`, each ending with the assistant's answer."""
+        raise self.cannot_serve("dialogues")
+
+    def pairs(self, split: str) -> list[Pair]:
+        """Return the preference pairs of `split`."""
+        raise self.cannot_serve("pairs")
+
+    def prompts(self, split: str) -> list[Prompt]:
+        """Return the prompts of `split`."""
+        raise self.cannot_serve("prompts")
+
+    def fingerprint(self) -> str:
+        """Hash everything this source serves (sha256, hex)."""
+        records: list[Record] = []
+        for kind in self.serves:
+            for split in SPLITS:
+                records += getattr(self, kind)(split)
+        return records_fingerprint(records)
+
+    def cannot_serve(self, kind: str) -> ConfigError:
+        """Word the error for a kind of record this source lacks."""
+        name = self.options.name
+        can = " and ".join(f"{k} ({KINDS[k]})" for k in self.serves) or "nothing"
+        return ConfigError(
+            f"data={name} serves {can}; {kind} ({KINDS[kind]}) were asked for. "
+            f"Set data=stdlib for documents, data=skills for dialogues, pairs and prompts, "
+            f"or data=file data.path=FILE with columns that hold {kind}."
+        )
+
+
+def open_source(options: DataOptions, seed: int) -> Source:
+    """Build the source that `options.name` names."""
+    return get("data", options.name)(options, seed)
+
+
+def check_split(split: str) -> None:
+    """Refuse a split other than `train` and `heldout`."""
+    if split not in SPLITS:
+        raise ConfigError(f"split={split} is unknown. Known: {', '.join(SPLITS)}.")
+
+
+def check_fraction(fraction: float) -> None:
+    """Refuse a share outside [0, 1)."""
+    if not 0 <= fraction < 1:
+        raise ConfigError(
+            f"data.heldout_fraction={fraction} is not in [0, 1). Set 0.05 to hold out about 5%."
+        )
+
+
+def hash_share(key: str) -> float:
+    """Map `key` to a number in [0, 1) by its hash: the same on every machine, whatever the seed."""
+    digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def heldout_flags(keys: Sequence[str], fraction: float) -> list[bool]:
+    """Say for each key whether its content is held out.
+
+    A key is held out when its hash falls below `fraction`. If none does, and there are at least two
+    different keys, the one with the lowest hash is, so that a small file still has something to evaluate on.
+    """
+    check_fraction(fraction)
+    shares = [hash_share(key) for key in keys]
+    flags = [share < fraction for share in shares]
+    if fraction > 0 and not any(flags) and len(set(shares)) > 1:
+        lowest = min(shares)
+        flags = [share == lowest for share in shares]
+    return flags
+
+
+def records_fingerprint(records: Iterable[Record]) -> str:
+    """Hash records in order (sha256, hex)."""
+    digest = hashlib.sha256()
+    for record in records:
+        line = json.dumps([type(record).__name__, asdict(record)], sort_keys=True)
+        digest.update(line.encode() + b"\n")
+    return digest.hexdigest()

@@ -1,0 +1,168 @@
+"""Train, load, save and compare tokenizers in Hugging Face layout. Chat turns are laid out in `chat.py`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from distllm.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+PAD, EOS = "<|pad|>", "<|eos|>"
+SYSTEM, USER, ASSISTANT, END = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
+SPECIAL_TOKENS = (PAD, EOS, SYSTEM, USER, ASSISTANT, END)
+"""Ids 0 to 5 of a tokenizer trained here. `<|eos|>` ends a document, `<|end|>` ends a turn."""
+
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] not in ['system', 'user', 'assistant'] -%}"
+    "{{- raise_exception('unknown role ' ~ message['role']) -}}"
+    "{%- endif -%}"
+    "{{- '<|' ~ message['role'] ~ '|>' ~ message['content'] ~ '<|end|>' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+)
+"""`<|user|>question<|end|><|assistant|>answer<|end|>`, nothing in between."""
+
+_copies: WeakKeyDictionary[Any, tuple[int, Tokenizer, Tokenizer]] = WeakKeyDictionary()
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer: any Unicode text survives encoding and decoding, digits stand alone.
+
+    The same texts give the same tokenizer. A small corpus may give fewer than `vocab_size` tokens.
+
+    Raises:
+        ConfigError: `vocab_size` has no room for the bytes and the special tokens.
+        DataError: there is no text.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    smallest = 256 + len(SPECIAL_TOKENS)
+    if vocab_size < smallest:
+        raise ConfigError(
+            f"vocab_size={vocab_size} is below {smallest} = 256 bytes + {len(SPECIAL_TOKENS)} special tokens. "
+            f"Set 4096."
+        )
+    texts = [text for text in texts if text]
+    if not texts:
+        raise DataError("There is no text to train a tokenizer on.")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD,
+        eos_token=EOS,
+        extra_special_tokens=[SYSTEM, USER, ASSISTANT, END],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
+    """Load the tokenizer of a Hugging Face directory (ours or another's), from disk only.
+
+    Raises:
+        ConfigError: the folder is missing, holds no tokenizer, or one without a fast (`tokenizer.json`) form.
+    """
+    from transformers import AutoTokenizer
+
+    path = Path(folder)
+    if not path.is_dir():
+        raise ConfigError(f"tokenizer={folder} is not a folder. Set one that holds tokenizer.json.")
+    try:
+        tok = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise ConfigError(f"tokenizer={folder} cannot be loaded: {error}") from error
+    backend_of(tok)
+    return tok
+
+
+def save_tokenizer(tok: PreTrainedTokenizerFast, folder: str | Path) -> None:
+    """Write the tokenizer in Hugging Face layout."""
+    tok.save_pretrained(str(folder))
+
+
+def tokenizer_fingerprint(tok: PreTrainedTokenizerFast) -> str:
+    """Hash what decides the ids: the backend, the special tokens and the chat template (sha256, hex)."""
+    backend = json.loads(backend_of(tok).to_str())
+    backend.update(truncation=None, padding=None)
+    parts = [
+        backend,
+        {name: str(token) for name, token in tok.special_tokens_map.items()},
+        tok.chat_template,
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def check_fits(tok: PreTrainedTokenizerFast, vocab_size: int) -> None:
+    """Refuse a tokenizer that can produce ids the model has no row for.
+
+    Raises:
+        ConfigError: naming both sizes.
+    """
+    if len(tok) > vocab_size:
+        raise ConfigError(
+            f"The tokenizer has {len(tok)} tokens but the model's arch.vocab_size={vocab_size}. "
+            f"Set arch.vocab_size={len(tok)} (or more), or give the tokenizer that belongs to the model."
+        )
+
+
+def backend_of(tok: PreTrainedTokenizerFast) -> Tokenizer:
+    """Return the `tokenizers` object inside.
+
+    Raises:
+        ConfigError: the tokenizer is a slow one, without offsets.
+    """
+    backend = getattr(tok, "backend_tokenizer", None)
+    if backend is None:
+        raise ConfigError(
+            f"{type(tok).__name__} has no fast form (tokenizer.json), which is needed to know where tokens stand "
+            f"in the text. Convert it with transformers first."
+        )
+    return backend
+
+
+def backend_copies(tok: PreTrainedTokenizerFast) -> tuple[Tokenizer, Tokenizer]:
+    """Return two private copies that add nothing and never truncate or pad, whatever was last asked of `tok`.
+
+    The first knows the added tokens. The second does not: `<|end|>` typed by a user is plain characters to it.
+    """
+    from tokenizers import Tokenizer
+
+    known = _copies.get(tok)
+    if known is None or known[0] != len(tok):
+        spec = json.loads(backend_of(tok).to_str())
+        spec.update(post_processor=None, truncation=None, padding=None)
+        full = Tokenizer.from_str(json.dumps(spec))
+        plain = Tokenizer.from_str(json.dumps(spec | {"added_tokens": []}))
+        known = _copies[tok] = (len(tok), full, plain)
+    return known[1], known[2]
+
+
+def encode_texts(tok: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
+    """Encode texts as text: nothing is added, and special tokens spelled out in them stay plain characters."""
+    _, plain = backend_copies(tok)
+    encodings = plain.encode_batch(list(texts), add_special_tokens=False)
+    return [encoding.ids for encoding in encodings]
