@@ -95,6 +95,7 @@ def make_trackers(
     classes = {name: registry.get("tracking", name) for name in wanted}
     if not is_main:
         return MultiTracker({})
-    return MultiTracker(
-        {name: cls(options, Path(run_dir), config_dict) for name, cls in classes.items()}
-    )
+    built = {  # services first: they check that they are installed, before any file is touched
+        name: cls(options, Path(run_dir), config_dict) for name, cls in reversed(classes.items())
+    }
+    return MultiTracker({name: built[name] for name in wanted})
