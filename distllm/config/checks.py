@@ -1,0 +1,274 @@
+"""What must hold before anything starts: each value by itself, values against each other, the machine.
+
+Pure functions that return problems; whoever calls `check` gets all of them in one error. Unknown keys and wrong types
+are refused earlier, by `compose.py`; what only the data can tell (lengths, formats) is checked where it is read.
+"""
+
+import importlib.util
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distllm import registry
+from distllm.config.overrides import raise_all
+from distllm.config.schema import GROUPS, Config, leaves, options_of
+from distllm.engines.hardware import PRECISIONS, resolve_device, resolve_precision
+from distllm.errors import UserError
+
+SUPERVISED = ("pretrain", "sft", "reward")
+"""Stages that learn from given samples; every other one is an RL algorithm."""
+
+RECORDS = {"pretrain": "documents", "sft": "dialogues", "reward": "pairs"}
+"""Stage -> kind of record it learns from; RL algorithms need prompts."""
+
+
+def check(config: Config, dp_size: int = 1) -> None:
+    """Check values by themselves and against each other.
+
+    Raises:
+        ConfigError: something does not hold; the message lists all problems.
+    """
+    raise_all(field_problems(config) or cross_problems(config, dp_size))
+
+
+def check_training(config: Config, dp_size: int = 1) -> None:
+    """Check everything that training needs: `check`, the stage against its data, and the machine.
+
+    Raises:
+        ConfigError: something does not hold; the message lists all problems.
+    """
+    problems = field_problems(config)
+    if not problems:
+        problems = cross_problems(config, dp_size) + data_problems(config)
+    raise_all(problems + machine_problems(config))
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A condition on one value."""
+
+    holds: Callable[[Any], bool]
+    words: str
+
+
+POSITIVE = Rule(lambda v: v > 0, "must be above 0")
+AT_LEAST_1 = Rule(lambda v: v >= 1, "must be at least 1")
+NOT_NEGATIVE = Rule(lambda v: v >= 0, "must not be negative")
+SHARE = Rule(lambda v: 0 <= v <= 1, "must be from 0 to 1")
+BELOW_1 = Rule(lambda v: 0 <= v < 1, "must be from 0 to below 1")
+ABOVE_0_TO_1 = Rule(lambda v: 0 < v <= 1, "must be above 0 and at most 1")
+
+
+def _one_of(*words: str) -> Rule:
+    return Rule(lambda v: v in words, f"must be one of {', '.join(words)}")
+
+
+_RULES: dict[Rule, str] = {
+    AT_LEAST_1: """
+        arch.vocab_size arch.d_model arch.n_layers arch.n_heads arch.n_kv_heads arch.d_head arch.d_ff arch.max_seq_len
+        train.max_steps train.global_batch_size train.micro_batch_size train.seq_len train.log_every_steps
+        train.save_every_steps train.keep_last train.num_eval_samples
+        generation.max_new_tokens pipeline.rounds
+        data.num_train data.num_prompts data.num_heldout
+        stage.num_samples stage.num_epochs stage.kl_horizon""",
+    NOT_NEGATIVE: """
+        run.seed arch.init_std train.eval_every_steps train.max_skipped_steps hardware.threads
+        optim.weight_decay optim.max_grad_norm schedule.warmup_steps generation.temperature generation.top_k
+        stage.rollout_batch_size stage.clip_high stage.kl_coef stage.target_kl stage.entropy_coef
+        stage.truncated_penalty stage.reward_clip stage.value_clip stage.value_lr stage.value_warmup_steps
+        stage.advantage_eps""",
+    POSITIVE: "arch.rope_theta arch.norm_eps optim.lr optim.eps",
+    BELOW_1: "arch.dropout optim.beta1 optim.beta2 data.heldout_fraction",
+    ABOVE_0_TO_1: "schedule.decay_fraction generation.top_p",
+    SHARE: "schedule.min_lr_ratio stage.clip_low stage.gamma stage.gae_lambda",
+    _one_of(*PRECISIONS): "train.precision",
+    _one_of("auto", "cpu", "cuda"): "hardware.device",
+    _one_of("none", "full"): "engine.activation_checkpointing",
+    _one_of("last", "likelihood"): "stage.head",
+    _one_of("auto", "clm"): "stage.objective",
+    _one_of("k1", "k2", "k3"): "stage.kl_kind",
+    _one_of("token", "sequence"): "stage.aggregation",
+    _one_of("keep", "penalise", "mask"): "stage.truncated",
+}  # fmt: skip
+RULES = {key: rule for rule, keys in _RULES.items() for key in keys.split()}
+"""Dotted key -> what its value must fulfil. A key that this run's options do not have is skipped."""
+
+
+def field_problems(config: Config) -> list[str]:
+    """Check each value by itself."""
+    problems = []
+    defaults = _defaults(config)
+    for leaf in leaves(config):
+        rule, value = RULES.get(leaf.key), leaf.value
+        if isinstance(value, float) and not math.isfinite(value):
+            problems.append(f"{leaf.key}={value} {_type(leaf.key, defaults, 'must be a finite number')}")
+        elif rule and value is not None and not rule.holds(value):
+            problems.append(f"{leaf.key}={value} {_type(leaf.key, defaults, rule.words)}")
+    return problems
+
+
+def cross_problems(config: Config, dp_size: int = 1) -> list[str]:
+    """Check values against each other; each must hold by itself already."""
+    return [
+        *_batch_problems(config, dp_size),
+        *_arch_problems(config),
+        *_schedule_problems(config),
+        *_rl_problems(config),
+    ]
+
+
+def _batch_problems(config: Config, dp_size: int) -> list[str]:
+    train = config.train
+    unit = train.micro_batch_size * dp_size
+    if train.global_batch_size % unit == 0:
+        return []
+    return [
+        f"train.global_batch_size={train.global_batch_size} is not a multiple of micro_batch_size "
+        f"({train.micro_batch_size}) x dp_size ({dp_size}) = {unit}. "
+        f"Set {_multiples(train.global_batch_size, unit)}."
+    ]
+
+
+def _arch_problems(config: Config) -> list[str]:
+    arch, problems = config.arch, []
+    heads, kv_heads = getattr(arch, "n_heads", 1), getattr(arch, "n_kv_heads", 1)
+    if heads % kv_heads:
+        divisors = [d for d in range(1, heads + 1) if heads % d == 0]
+        problems.append(
+            f"arch.n_heads={heads} is not a multiple of arch.n_kv_heads={kv_heads}. "
+            f"Set arch.n_kv_heads to one of {', '.join(map(str, divisors))}."
+        )
+    if hasattr(arch, "d_head") and arch.d_head is None and arch.d_model % heads:
+        problems.append(
+            f"arch.d_model={arch.d_model} is not a multiple of arch.n_heads={heads}. "
+            f"Set arch.d_model to {_multiples(arch.d_model, heads)}, or set arch.d_head."
+        )
+    elif hasattr(arch, "d_head") and (arch.d_head or arch.d_model // heads) % 2:
+        d_head = arch.d_head or arch.d_model // heads
+        problems.append(
+            f"arch.d_head={d_head} is odd, and rotary positions turn pairs of dims. Set {d_head + 1}."
+        )
+    if config.model is None and config.train.seq_len > arch.max_seq_len:
+        problems.append(
+            f"train.seq_len={config.train.seq_len} is longer than arch.max_seq_len={arch.max_seq_len}. "
+            f"Set train.seq_len={arch.max_seq_len} or arch.max_seq_len={config.train.seq_len}."
+        )
+    return problems
+
+
+def _schedule_problems(config: Config) -> list[str]:
+    warmup, steps = config.schedule.warmup_steps, config.train.max_steps
+    if warmup == 0 or warmup < steps:
+        return []
+    return [
+        f"schedule.warmup_steps={warmup} is not below train.max_steps={steps}: the peak learning rate would never "
+        f"be reached. Set schedule.warmup_steps={steps // 10} or train.max_steps={warmup * 10}."
+    ]
+
+
+def _rl_problems(config: Config) -> list[str]:
+    stage, problems = config.stage, []
+    if stage.name in SUPERVISED:
+        return problems
+    batch, samples = config.train.global_batch_size, stage.num_samples
+    if batch % samples:
+        problems.append(
+            f"train.global_batch_size={batch} (responses) is not a multiple of stage.num_samples={samples} "
+            f"(responses per prompt). Set {_multiples(batch, samples)}."
+        )
+    if stage.rollout_batch_size % batch:
+        problems.append(
+            f"stage.rollout_batch_size={stage.rollout_batch_size} is not a multiple of "
+            f"train.global_batch_size={batch}. Set {_multiples(stage.rollout_batch_size, batch)}, or 0."
+        )
+    if stage.name == "grpo" and samples < 2:
+        problems.append(
+            f"stage.num_samples={samples}: grpo compares the responses to one prompt with each other and needs "
+            "at least 2. Set stage.num_samples=8."
+        )
+    if stage.reward == "model" and not stage.reward_model:
+        problems.append(
+            "stage.reward=model needs a reward model. Set stage.reward_model=DIR, the model/ of a stage=reward run."
+        )
+    if config.generation.temperature == 0:
+        problems.append(
+            "generation.temperature=0 samples the same response each time, so there is nothing to learn from. "
+            "Set generation.temperature=1."
+        )
+    if config.model is None and config.generation.max_new_tokens >= config.arch.max_seq_len:
+        problems.append(
+            f"generation.max_new_tokens={config.generation.max_new_tokens} leaves no room for a prompt in "
+            f"arch.max_seq_len={config.arch.max_seq_len}. Set at most {config.arch.max_seq_len // 2}."
+        )
+    return problems
+
+
+def data_problems(config: Config) -> list[str]:
+    """Check that the data source has what the stage learns from, as far as its class tells."""
+    kind = RECORDS.get(config.stage.name, "prompts")
+    sources = {n: getattr(registry.get("data", n), "serves", ()) for n in registry.names("data")}
+    serves = sources[config.data.name]
+    if not serves or kind in serves:
+        return []
+    able = [f"data={n}" for n, kinds in sources.items() if kind in kinds or not kinds]
+    return [
+        f"stage={config.stage.name} learns from {kind}, and data={config.data.name} serves "
+        f"{' and '.join(serves)}. Set {' or '.join(able)}."
+    ]
+
+
+def machine_problems(config: Config) -> list[str]:
+    """Check that this machine can run what is asked."""
+    problems = []
+    try:
+        device = resolve_device(config.hardware.device)
+        resolve_precision(config.train.precision, device)
+        if config.engine.compile and device.type == "cpu" and not _c_compiler():
+            problems.append(
+                "engine.compile=true needs a C compiler on a CPU, and none was found. "
+                "Install gcc or set engine.compile=false."
+            )
+    except UserError as error:
+        problems.append(str(error))
+    if config.tracking.name in ("wandb", "tensorboard") and not _installed(config.tracking.name):
+        problems.append(
+            f"tracking={config.tracking.name} needs the package {config.tracking.name}, which is not installed. "
+            f'Type pip install "distllm[{config.tracking.name}]", or set tracking=jsonl.'
+        )
+    for key in ("model", "tokenizer", "stage.reward_model"):
+        path = getattr(config.stage, "reward_model", "") if "." in key else getattr(config, key)
+        if path and not Path(path).is_dir():
+            problems.append(f"{key}={path} is not a directory. Give the directory of a model, such as RUN/model.")
+    return problems
+
+
+def _multiples(value: int, unit: int) -> str:
+    below, above = value // unit * unit, (value // unit + 1) * unit
+    return f"{below} or {above}" if below else f"{above}"
+
+
+def _type(key: str, defaults: dict[str, Any], rule: str) -> str:
+    default = defaults.get(key)
+    usable = default is not None and (key not in RULES or RULES[key].holds(default))
+    return f"{rule}. Set {default}, the default." if usable else f"{rule}."
+
+
+def _defaults(config: Config) -> dict[str, Any]:
+    """Return dotted key -> the dataclass's default."""
+    found = {leaf.key: leaf.value for leaf in leaves(Config())}
+    for group in GROUPS:
+        options = options_of(group).get(getattr(config, group).name)
+        found |= {leaf.key: leaf.value for leaf in leaves(options, f"{group}.")} if options else {}
+    return found
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _c_compiler() -> bool:
+    return any(shutil.which(name) for name in ("cc", "gcc", "clang"))
+

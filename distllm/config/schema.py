@@ -1,0 +1,137 @@
+"""The whole config: one field per group, each an options dataclass that lives with its component.
+
+A file dropped into a component's folder enrols here by its registry key; what an option means is said in its class.
+"""
+
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any
+
+from distllm import registry
+from distllm.engines.options import HardwareOptions
+from distllm.generation.options import GenerationOptions
+from distllm.objectives.clm import PretrainOptions
+from distllm.objectives.reward import RewardOptions
+from distllm.objectives.sft import SFTOptions
+from distllm.optim.options import ScheduleOptions
+from distllm.pipeline.options import PipelineOptions
+from distllm.tracking.options import TrackingOptions
+from distllm.train.options import RunOptions, TrainOptions
+from distllm.types import free
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """Everything a command is told. Composed once, then never written to."""
+
+    run: RunOptions = field(default_factory=RunOptions)
+    """Where the run lives and its seed."""
+    arch: Any = None
+    """Shape of the model, unless `model` brings its own."""
+    stage: Any = None
+    """What is learned: pretrain, sft, reward, or a reinforcement-learning algorithm."""
+    engine: Any = free(None)
+    """How the model is laid out on the hardware."""
+    data: Any = None
+    """Where samples come from."""
+    optim: Any = None
+    """The optimizer."""
+    schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
+    """The learning rate over the run."""
+    train: TrainOptions = field(default_factory=TrainOptions)
+    """Length, batch sizes and cadences."""
+    generation: GenerationOptions = field(default_factory=GenerationOptions)
+    """How responses are sampled."""
+    tracking: TrackingOptions = free(default_factory=TrackingOptions)
+    """Where metrics go."""
+    hardware: HardwareOptions = free(default_factory=HardwareOptions)
+    """What a process may use of the machine."""
+    pipeline: PipelineOptions = field(default_factory=PipelineOptions)
+    """Stages chained into rounds; read by `distllm pipeline` only."""
+    model: str | None = None
+    """Directory of the weights to start from: one of ours or Hugging Face's. None draws new ones."""
+    tokenizer: str | None = None
+    """Directory of the tokenizer. None takes the model's, or trains one on the data."""
+
+
+GROUPS = (
+    "arch", "stage", "engine", "data", "optim", "schedule", "tracking", "hardware", "pipeline",
+)  # fmt: skip
+"""Groups with options to choose from: one folder of `conf/` each."""
+
+_SHARED_OPTIONS = {"schedule": ScheduleOptions, "tracking": TrackingOptions}
+
+
+def options_of(group: str) -> dict[str, Any]:
+    """Return schema name -> options with their defaults, for every option that `group` has."""
+    if group == "stage":
+        found = stages()
+    elif group == "hardware":
+        found = {"auto": HardwareOptions}
+    elif group == "pipeline":
+        found = {"none": PipelineOptions}
+    else:
+        shared = _SHARED_OPTIONS.get(group)
+        found = {n: shared or registry.get(group, n).Options for n in registry.names(group)}
+    return {name: cls(name=name) for name, cls in found.items()}
+
+
+def stages() -> dict[str, type]:
+    """Return stage name -> options class: three supervised ones and every algorithm of `rl/algorithms/`."""
+    supervised = {"pretrain": PretrainOptions, "sft": SFTOptions, "reward": RewardOptions}
+    algorithms = {n: registry.get("algorithm", n).Options for n in registry.names("algorithm")}
+    return supervised | algorithms
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return `config` as plain nested dicts and lists, ready for JSON or YAML."""
+    return {f.name: _plain(getattr(config, f.name)) for f in fields(config)}
+
+
+def same_fields(config: Any) -> dict[str, Any]:
+    """Return dotted key -> value of the fields that must stay the same when a run is resumed."""
+    return {leaf.key: _plain(leaf.value) for leaf in leaves(config) if not leaf.free}
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """One setting of a config."""
+
+    key: str
+    """Dotted, as typed."""
+    value: Any
+    owner: type
+    """Options class that declares it."""
+    free: bool
+    """May differ when a run is resumed."""
+
+
+def leaves(config: Any, prefix: str = "", is_free: bool = False) -> list[Leaf]:
+    """List every setting of `config`, in order; lists and dicts are one setting each."""
+    found = []
+    for f in fields(config):
+        key, value = f"{prefix}{f.name}", getattr(config, f.name)
+        freed = is_free or f.metadata.get("resume") == "free"
+        if is_dataclass(value):
+            found += leaves(value, f"{key}.", freed)
+        else:
+            found.append(Leaf(key, value, type(config), freed))
+    return found
+
+
+def with_values(config: Config, changes: dict[str, Any]) -> Config:
+    """Return a copy of `config` with dotted keys replaced."""
+    for key, value in changes.items():
+        group, _, name = key.partition(".")
+        inner = replace(getattr(config, group), **{name: value}) if name else value
+        config = replace(config, **{group: inner})
+    return config
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return str(value) if isinstance(value, str) else value  # StrEnum members become plain text
