@@ -2,13 +2,12 @@
 
 One folder a step: `<stem>.safetensors` (tensors by name), `state.json` (everything else), and
 `manifest.json`, written last, with the size and SHA-256 of the others and of itself. No pickle is
-written or read. What goes into a checkpoint is decided in `state.py`.
+written or read. What goes into a checkpoint is decided in `state.py`; `manifest.py` verifies.
 
 Names beginning with a dot are not checkpoints: `.step_N.tmp` is being written, `.step_N.old` is being
 replaced, `.step_N.trash` is being deleted.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -21,15 +20,27 @@ import safetensors.torch
 from torch import Tensor
 
 from distllm.errors import CheckpointError, ConfigError
-from distllm.train.files import fault_point, free_bytes, hash_file, remove, sync_dir, write_file
-
-FORMAT = 1
-"""Version of the layout; raised when an older reader could misread it."""
+from distllm.train.files import (
+    fault_point,
+    free_bytes,
+    make_dirs,
+    remove,
+    sync_dir,
+    write_file,
+)
+from distllm.train.manifest import (
+    FORMAT,
+    SAFE_NAME,
+    Damaged,
+    checked_json,
+    encode,
+    same_checkpoint,
+    sealed,
+    verify,
+)
 
 _STEP_DIR = re.compile(r"step_(\d{8,})")
 _DEBRIS = re.compile(r"\.(step_\d{8,})\.(tmp|old|trash)")
-_SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-_MANIFEST_LIMIT_BYTES = 64 * 2**20
 
 _log = logging.getLogger("distllm")
 
@@ -95,10 +106,10 @@ class Checkpoints:
         """
         path = self.folder / f"step_{step:08d}"
         aside = self.folder / f".{path.name}.tmp"
-        state_text = _encode(_checked_json(state, "state"))
+        state_text = encode(checked_json(state, "state"))
         needed_bytes = _estimate_bytes(tensors, state_text)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_dirs(self.folder)
             remove(aside)
             free = free_bytes(self.folder)
             if needed_bytes > free:
@@ -113,7 +124,7 @@ class Checkpoints:
                 "files": _write_files(aside, tensors, state_text),
             }
             fault_point("checkpoint:before_manifest")
-            write_file(aside / "manifest.json", _sealed(manifest))
+            write_file(aside / "manifest.json", sealed(manifest))
             sync_dir(aside)
             fault_point("checkpoint:before_rename")
             self._put_in_place(aside, path)
@@ -139,7 +150,7 @@ class Checkpoints:
         for path in reversed(self._paths()):
             try:
                 found = Loaded(path, verify(path))
-            except _Damaged as damage:
+            except Damaged as damage:
                 problems.append(str(damage))
                 _log.warning("Damaged checkpoint passed over: %s", damage)
                 continue
@@ -180,11 +191,12 @@ class Checkpoints:
     def _put_in_place(self, aside: Path, path: Path) -> None:
         old = self.folder / f".{path.name}.old"
         if path.exists():
-            if _same_checkpoint(path, aside):
+            if same_checkpoint(path, aside):
                 remove(aside)
                 return
             remove(old)
             os.rename(path, old)
+            fault_point("checkpoint:mid_replace")
         os.rename(aside, path)
         sync_dir(self.folder)
         remove(old)
@@ -207,75 +219,12 @@ class Checkpoints:
             _log.warning("Could not delete an old checkpoint in %s: %s", self.folder, error)
 
 
-def verify(path: Path) -> dict[str, Any]:
-    """Check size and SHA-256 of every file of the checkpoint at `path`; return its manifest.
-
-    Raises:
-        CheckpointError: a file is missing or differs (the message names it), or the format is newer.
-    """
-    manifest_path = path / "manifest.json"
-    manifest = _read_manifest(manifest_path)
-    if manifest["format"] > FORMAT:
-        raise CheckpointError(
-            f"{manifest_path} has format {manifest['format']}; this distllm reads up to {FORMAT}. "
-            "Use the version that wrote it, or a newer one."
-        )
-    if path.name != f"step_{manifest['step']:08d}":
-        raise _Damaged(f"{manifest_path}: belongs to step {manifest['step']}")
-    for name, written in manifest["files"].items():
-        file = path / name
-        if not _SAFE_NAME.fullmatch(name) or file.is_symlink():
-            raise _Damaged(f"{file}: not a plain file of this checkpoint")
-        try:
-            size = file.stat().st_size
-            if size != written["bytes"]:
-                raise _Damaged(f"{file}: has {size} bytes, {written['bytes']} were written")
-            if hash_file(file) != written["sha256"]:
-                raise _Damaged(f"{file}: SHA-256 differs from the one written")
-        except OSError as error:
-            raise _Damaged(f"{file}: {error.strerror or error}") from error
-    return manifest
-
-
-class _Damaged(CheckpointError):
-    """One file of a checkpoint is not what was written."""
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        if path.is_symlink() or path.stat().st_size > _MANIFEST_LIMIT_BYTES:
-            raise _Damaged(f"{path}: not a manifest")
-        raw = path.read_bytes()
-    except OSError as error:
-        raise _Damaged(f"{path}: {error.strerror or error}") from error
-    try:
-        manifest = json.loads(raw)
-        body = {key: value for key, value in manifest.items() if key != "sha256"}
-        intact = raw == _sealed(body)
-    except (ValueError, AttributeError, RecursionError):
-        intact = False
-    if not intact:
-        raise _Damaged(f"{path}: does not match its own SHA-256")
-    return manifest
-
-
-def _sealed(manifest: Mapping[str, Any]) -> bytes:
-    """Encode a manifest together with the SHA-256 of its encoding without that field."""
-    digest = hashlib.sha256(_encode(manifest)).hexdigest()
-    return _encode({**manifest, "sha256": digest})
-
-
-def _encode(value: Any) -> bytes:
-    """Encode as JSON in one way only: equal values give equal bytes."""
-    return (json.dumps(value, sort_keys=True, indent=1) + "\n").encode()
-
-
 def _write_files(
     aside: Path, tensors: Mapping[str, Mapping[str, Tensor]], state_text: bytes
 ) -> dict[str, dict[str, Any]]:
     files = {}
     for stem in sorted(tensors):
-        if not _SAFE_NAME.fullmatch(stem):
+        if not SAFE_NAME.fullmatch(stem):
             raise ValueError(f"{stem!r} is not usable as the stem of a file name")
         data = safetensors.torch.save(_owned(tensors[stem]))
         files[f"{stem}.safetensors"] = _write_one(aside / f"{stem}.safetensors", data)
@@ -292,26 +241,11 @@ def _owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     owned: dict[str, Tensor] = {}
     seen = set()
     for name, tensor in tensors.items():
-        tensor = tensor.detach().contiguous()
-        place = (tensor.device, tensor.untyped_storage().data_ptr())
-        owned[name] = tensor.clone() if place in seen else tensor
-        seen.add(place)
+        tensor = tensor.detach().cpu().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        owned[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
     return owned
-
-
-def _checked_json(value: Any, where: str) -> Any:
-    """Return `value`; refuse what JSON would change on the way without a word."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            if not isinstance(key, str):
-                raise TypeError(f"{where} has the key {key!r}: JSON would turn it into a string")
-            _checked_json(item, f"{where}.{key}")
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            _checked_json(item, f"{where}[{index}]")
-    elif not (value is None or type(value) in (bool, int, float, str)):
-        raise TypeError(f"{where} is a {type(value).__name__}, which JSON does not keep")
-    return value
 
 
 def _estimate_bytes(tensors: Mapping[str, Mapping[str, Tensor]], state_text: bytes) -> int:
@@ -340,14 +274,6 @@ def _write_failed(path: Path, needed_bytes: int, error: OSError) -> str:
         f"the disk has {free} free). Earlier checkpoints are untouched: "
         "make room or repair the folder, then start again to resume."
     )
-
-
-def _same_checkpoint(there: Path, new: Path) -> bool:
-    try:
-        verify(there)
-    except CheckpointError:
-        return False
-    return (there / "manifest.json").read_bytes() == (new / "manifest.json").read_bytes()
 
 
 def _step_of(path: Path) -> int:

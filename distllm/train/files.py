@@ -50,7 +50,7 @@ def write_file(path: Path, data: bytes | memoryview, midway: str = "") -> str:
             digest.update(chunk)
             while chunk:
                 chunk = chunk[os.write(fd, chunk) :]
-            if midway and start <= middle < start + chunk_bytes:
+            if midway and start < middle <= start + chunk_bytes:
                 fault_point(midway)
         os.fsync(fd)
     finally:
@@ -71,6 +71,14 @@ def sync_dir(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def make_dirs(path: Path) -> None:
+    """Make a folder and those above it that are missing, each durable in the one above."""
+    missing = [p for p in [path, *path.parents] if not p.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for made in reversed(missing):
+        sync_dir(made.parent)
 
 
 def free_bytes(path: Path) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from distllm.errors import CheckpointError, EngineError
-from distllm.train.files import atomic_write_text
+from distllm.train.files import atomic_write_text, make_dirs
 
 _HEADER = "# distllm: resolved configuration of this run, compared when it is started again.\n"
 _BEFORE_CLAIM = {".lock", ".config.yaml.tmp", "logs"}
@@ -48,15 +48,17 @@ class RunDir:
         A kill -9 frees it at once: the kernel drops the lock on `.lock` with the process.
 
         Raises:
-            EngineError: another live process holds it.
+            EngineError: another live process holds it, or it cannot be written.
             CheckpointError: the path is taken by something that is not a run.
         """
         self._check_ours()
-        self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / ".lock"
-        fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        with self._writing():
+            make_dirs(self.path)
+            fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            self._acquire(fd, file)
+            with self._writing():
+                self._acquire(fd, file)
             # A forked child must not keep the lock alive after us.
             _held.add(fd)
             try:
@@ -90,8 +92,19 @@ class RunDir:
         if not first:
             self._refuse_differences(self._read(), new, fields)
         if first or self.config_path.read_text(encoding="utf-8") != text:
-            atomic_write_text(self.config_path, text)
+            with self._writing():
+                atomic_write_text(self.config_path, text)
         return first
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise EngineError(
+                f"run.dir={self.path} cannot be written: {error.strerror or error}. "
+                "Set run.dir to a folder that you may write to, on a disk with room."
+            ) from error
 
     def _check_ours(self) -> None:
         if self.config_path.exists():

@@ -30,8 +30,9 @@ _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 class StopFlag:
     """Turns signals into a flag that the loop reads between steps.
 
-    Use as a context manager; leaving it puts the earlier handlers back. Outside the main thread Python
-    delivers no signals, so there the flag just stays down.
+    Use as a context manager around everything up to the exit: leaving it puts the earlier handlers back,
+    and a late copy of the first signal would then kill the process with another exit code. Outside the
+    main thread Python delivers no signals, so there the flag just stays down.
     """
 
     def __init__(self) -> None:
@@ -53,7 +54,7 @@ class StopFlag:
 
     def __exit__(self, *_: object) -> None:
         for signum, handler in self._before.items():
-            signal.signal(signum, handler)
+            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
         self._before.clear()
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
@@ -76,12 +77,20 @@ def die_with_parent(*, parent_pid: int | None = None) -> None:
     """
     if _libc is None:
         return
-    if parent_pid is None:
-        parent = multiprocessing.parent_process()
-        parent_pid = parent.pid if parent is not None else os.getppid()
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent_pid:  # it died before the call above took effect
+    known_parent = multiprocessing.parent_process()
+    if parent_pid is None and known_parent is not None:
+        if os.getppid() != known_parent.pid:
+            threading.Thread(target=_end_with, args=(known_parent,), daemon=True).start()
+    elif parent_pid is not None and os.getppid() != parent_pid:
+        # It died before the call above took effect: no signal comes any more.
         os._exit(128 + signal.SIGKILL)
+
+
+def _end_with(parent: Any) -> None:
+    """Wait for a parent that is not the kernel's: it has died, or a fork server stands between."""
+    parent.join()
+    os._exit(128 + signal.SIGKILL)
 
 
 def _tell(text: str) -> None:
