@@ -105,7 +105,11 @@ class Loop:
             return
         self.num_skipped += 1
         if self.num_skipped > self.options.max_skipped_steps:
-            what = f"loss {result.loss}" if result.loss != result.loss or abs(result.loss) == float("inf") else "gradient"
+            what = (
+                f"loss {result.loss}"
+                if result.loss != result.loss or abs(result.loss) == float("inf")
+                else "gradient"
+            )
             raise EngineError(
                 f"Step {self.step + 1} of the {part.engine.role}: non-finite {what} on samples "
                 f"{sample_ids(part.micro_batches)[:32]}. The weights were not touched. {self.num_skipped} steps "

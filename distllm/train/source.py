@@ -72,7 +72,7 @@ class SampleSource:
             for start in range(0, len(mine), size)
         ]
         work = Work(self.engine, self.objective, batches, self.schedule, self.lr)
-        return [work], {"data/epoch": self.ledger.position / len(self.sampler)}
+        return [work], {"data/epoch": self.ledger.position / self.sampler.num_samples}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the position in the data."""

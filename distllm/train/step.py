@@ -43,7 +43,9 @@ def optimizer_step(
     totals = engine.all_sum(sum_by_key(objective.weights(batch) for batch in micro_batches))
     for term, total in totals.items():
         if not total > 0:
-            raise DataError(f"The step's batch holds no target for `{term}`: samples {sample_ids(micro_batches)}.")
+            raise DataError(
+                f"The step's batch holds no target for `{term}`: samples {sample_ids(micro_batches)}."
+            )
 
     local = engine.forward_backward(objective, micro_batches, totals)
 

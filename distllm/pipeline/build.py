@@ -1,0 +1,151 @@
+"""From a config to the parts of a stage: tokenizer, models, engines, data, objective, and what is measured.
+
+What the parts do together is in `stage.py`; the loop is `train/loop.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from distllm import registry
+from distllm.arch.io import load_model
+from distllm.config.schema import Config
+from distllm.data.chat import end_ids
+from distllm.data.source import Source as DataSource
+from distllm.data.source import open_source
+from distllm.data.tokenizer import (
+    check_fits,
+    load_tokenizer,
+    save_tokenizer,
+    tokenizer_fingerprint,
+    train_tokenizer,
+)
+from distllm.engines.base import Engine, build_engine
+from distllm.errors import ConfigError
+from distllm.train.loop import Source
+
+_log = logging.getLogger("distllm")
+
+
+@dataclass(slots=True, kw_only=True)
+class Parts:
+    """What `stage.py` needs to run a stage."""
+
+    tokenizer: Any
+    data: DataSource
+    engines: Mapping[str, Engine]
+    """Every engine by role."""
+    trained: list[str]
+    """Roles whose engines are saved in checkpoints; the first one's model is exported."""
+    source: Source
+    evaluate: Callable[[], tuple[dict[str, float], list[dict[str, Any]]]]
+    """Measure held-out data: metrics, and sample records."""
+    finish: Callable[[], None] = lambda: None
+    """Called once after training, before the final evaluation and export."""
+    parents: dict[str, str] = field(default_factory=dict)
+    """Role -> directory of the model it started from."""
+
+
+@dataclass(slots=True)
+class Builder:
+    """Shared steps of building any stage."""
+
+    config: Config
+    run_dir: Path
+    data: DataSource = field(init=False)
+    tokenizer: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.data = open_source(self.config.data, self.config.run.seed)
+        self.tokenizer = self._tokenizer()
+
+    @property
+    def pad_id(self) -> int:
+        """Fills rectangles; masked everywhere."""
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad
+
+    @property
+    def end_ids(self) -> list[int]:
+        """Ids that end a response."""
+        return end_ids(self.tokenizer)
+
+    def decode(self, ids: list[int]) -> str:
+        """Turn response ids into text without special tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def model(self, head: str, folder: str | None = None, dropout: bool = True) -> Any:
+        """Load the model at `folder` (or `config.model`), or draw a new one, and check that all fits together."""
+        config = self.config
+        folder = folder or config.model
+        if folder:
+            model, _ = load_model(folder, head=head, seed=config.run.seed)
+        else:
+            arch = registry.get("arch", config.arch.name)
+            model = arch(config.arch, head=head, seed=config.run.seed)
+        check_fits(self.tokenizer, model.options.vocab_size)
+        if config.train.seq_len > model.options.max_seq_len:
+            raise ConfigError(
+                f"train.seq_len={config.train.seq_len} is longer than the model's "
+                f"max_seq_len={model.options.max_seq_len}. Set train.seq_len={model.options.max_seq_len} or less."
+            )
+        for block in model.blocks():
+            block.dropout = config.arch.dropout if dropout else 0.0
+        return model
+
+    def engine(self, role: str, model: Any, *, trained: bool, lr: float = 0.0) -> Engine:
+        """Put `model` under the configured engine."""
+        optim = replace(self.config.optim, lr=lr or self.config.optim.lr) if trained else None
+        return build_engine(
+            role,
+            model,
+            options=self.config.engine,
+            hardware=self.config.hardware,
+            precision=self.config.train.precision,
+            optim=optim,
+        )
+
+    def schedule(self) -> Any:
+        """Build the learning-rate schedule."""
+        options = self.config.schedule
+        return registry.get("schedule", options.name)(options, self.config.train.max_steps)
+
+    def _tokenizer(self) -> Any:
+        """Take the named tokenizer, else the model's, else one trained on the data and kept in the run."""
+        config = self.config
+        own = self.run_dir / "tokenizer"
+        if config.tokenizer:
+            tokenizer = load_tokenizer(config.tokenizer)
+            self._check_same_tokenizer(tokenizer)
+            return tokenizer
+        if config.model:
+            return load_tokenizer(config.model)
+        if not own.exists():
+            text_source = self.data
+            if "documents" not in text_source.serves:
+                text_source = open_source(replace(config.data, name="stdlib"), config.run.seed)
+            texts = [d.text for d in text_source.documents("train")]
+            _log.info("Training a tokenizer of %d on data=%s.", config.arch.vocab_size, text_source.options.name)
+            aside = self.run_dir / ".tokenizer.tmp"
+            shutil.rmtree(aside, ignore_errors=True)
+            save_tokenizer(train_tokenizer(texts, config.arch.vocab_size), aside)
+            aside.rename(own)
+        return load_tokenizer(own)
+
+    def _check_same_tokenizer(self, tokenizer: Any) -> None:
+        """Refuse a tokenizer other than the one the model was trained with."""
+        config = self.config
+        if not config.model or not (Path(config.model) / "tokenizer.json").exists():
+            return
+        trained_with = load_tokenizer(config.model)
+        if tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(trained_with):
+            raise ConfigError(
+                f"tokenizer={config.tokenizer} ({len(tokenizer)} ids) differs from the tokenizer that "
+                f"model={config.model} was trained with ({len(trained_with)} ids). Leave tokenizer out to use "
+                "the model's own."
+            )

@@ -1,0 +1,52 @@
+"""Where a model comes from: the data and the parent models by hash, the seed, the versions."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from distllm.config.schema import Config
+from distllm.data.tokenizer import tokenizer_fingerprint
+from distllm.pipeline.build import Builder, Parts
+from distllm.train.files import hash_file
+
+PACKAGES = ("distllm", "torch", "transformers", "tokenizers", "hydra-core")
+
+
+def describe_lineage(config: Config, builder: Builder, parts: Parts) -> dict[str, Any]:
+    """Return the record that is written to `lineage.json`."""
+    parents = {
+        role: {"dir": folder, "sha256": model_hash(Path(folder))}
+        for role, folder in parts.parents.items()
+    }
+    return {
+        "stage": config.stage.name,
+        "parent": parents.get("policy") or parents.get("model"),
+        "parents": parents,
+        "data": {
+            "name": config.data.name,
+            "path": config.data.path,
+            "fingerprint": parts.data.fingerprint(),
+        },
+        "tokenizer": tokenizer_fingerprint(builder.tokenizer),
+        "seed": config.run.seed,
+        "versions": {"python": platform.python_version(), **_versions()},
+    }
+
+
+def model_hash(folder: Path) -> str | None:
+    """Return the SHA-256 of a model directory's weights; None when they are in several files."""
+    path = folder / "model.safetensors"
+    return hash_file(path) if path.exists() else None
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

@@ -1,0 +1,131 @@
+"""The RL stages: a policy and, as the algorithm asks, a reference, a value model and a reward model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from distllm import registry
+from distllm.arch.io import load_model
+from distllm.data.datasets import PromptDataset
+from distllm.data.tokenizer import tokenizer_fingerprint
+from distllm.engines.base import Engine
+from distllm.errors import ConfigError
+from distllm.pipeline.build import Builder, Parts
+from distllm.pipeline.supervised import (
+    answer_greedily,
+    answer_with,
+    heldout_prompts,
+    sample_records,
+)
+from distllm.rl.loop import Learning, RolloutSource, Sampling
+from distllm.rl.scoring import score_logprobs
+from distllm.train.evaluate import exact_match_metrics
+
+
+def build(builder: Builder) -> Parts:
+    """Build an RL stage."""
+    config = builder.config
+    stage = config.stage
+    policy = builder.engine("policy", builder.model("lm", dropout=False), trained=True)
+    join = policy.model.join  # type: ignore[union-attr]
+    algorithm = registry.get("algorithm", stage.name)(
+        stage,
+        join=join,
+        pad_id=builder.pad_id,
+        temperature=config.generation.temperature,
+        batch_size=config.train.micro_batch_size,
+    )
+    engines: dict[str, Engine] = {"policy": policy}
+    if algorithm.needs_reference:
+        engines["reference"] = builder.engine(
+            "reference", builder.model("lm", dropout=False), trained=False
+        )
+    lr = {"policy": config.optim.lr}
+    trained = ["policy"]
+    if algorithm.trains_value:
+        lr["value"] = stage.value_lr or config.optim.lr
+        value = builder.model("value", dropout=False)
+        engines["value"] = builder.engine("value", value, trained=True, lr=lr["value"])
+        trained.append("value")
+    reward, parents = _reward(builder, join, engines)
+
+    limit = policy.model.options.max_seq_len - config.generation.max_new_tokens  # type: ignore[union-attr]
+    prompts = PromptDataset(builder.data.prompts("train"), builder.tokenizer, limit)
+    sampling = Sampling(
+        options=config.generation,
+        end_ids=builder.end_ids,
+        pad_id=builder.pad_id,
+        decode=builder.decode,
+    )
+    source = RolloutSource(
+        prompts,
+        engines,
+        algorithm,
+        reward,
+        sampling,
+        Learning(lr=lr, schedule=builder.schedule(), options=config.train),
+        config.run.seed,
+    )
+    heldout = heldout_prompts(builder)
+
+    def evaluate() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        greedy = answer_greedily(builder, policy, heldout)
+        metrics: dict[str, Any] = dict(exact_match_metrics(greedy))
+        sampled = answer_with(builder, policy, heldout, config.generation)
+        records = [p.prompt for p in sampled.prompts]
+        rewards = reward.score(records, sampled.rollouts, sampled.texts)
+        metrics["eval/reward"] = sum(rewards) / len(rewards)
+        metrics["eval/rewards"] = rewards
+        metrics["eval/response_length"] = sum(
+            len(r.response_ids) for r in sampled.rollouts
+        ) / len(rewards)
+        if "reference" in engines:
+            args = (sampled.rollouts, join, builder.pad_id, config.generation.temperature)
+            now = score_logprobs(policy, *args, config.train.micro_batch_size)
+            ref = score_logprobs(engines["reference"], *args, config.train.micro_batch_size)
+            kl = [(a - b).sum().item() for a, b in zip(now, ref, strict=True)]
+            metrics["eval/kl_ref"] = sum(kl) / len(kl)
+        return metrics, sample_records(builder, greedy)
+
+    return Parts(
+        tokenizer=builder.tokenizer,
+        data=builder.data,
+        engines=engines,
+        trained=trained,
+        source=source,
+        evaluate=evaluate,
+        parents=parents | ({"policy": config.model} if config.model else {}),
+    )
+
+
+def _reward(builder: Builder, join: Any, engines: dict[str, Engine]) -> tuple[Any, dict[str, str]]:
+    """Build what scores responses; a reward model gets an engine of its own."""
+    stage = builder.config.stage
+    name = stage.reward
+    if name == "auto":
+        name = "model" if stage.reward_model else "exact_match"
+    cls = registry.get("reward", name)
+    if name != "model":
+        return cls(), {}
+    if not stage.reward_model:
+        raise ConfigError("stage.reward=model needs stage.reward_model=DIR, the directory of a reward model.")
+    model, tokenizer = load_model(stage.reward_model)
+    if model.head_name not in ("last", "likelihood"):
+        raise ConfigError(
+            f"stage.reward_model={stage.reward_model} has the head {model.head_name}; a reward model has last "
+            "or likelihood. Train one with stage=reward."
+        )
+    if tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(builder.tokenizer):
+        raise ConfigError(
+            f"stage.reward_model={stage.reward_model} was trained with another tokenizer ({len(tokenizer)} ids) "
+            f"than the policy ({len(builder.tokenizer)} ids). Train it from the policy's own parent."
+        )
+    engines["reward"] = builder.engine("reward", model, trained=False)
+    reward = cls(
+        engines["reward"],
+        join=join,
+        pad_id=builder.pad_id,
+        batch_size=builder.config.train.micro_batch_size,
+    )
+    return reward, {"reward": stage.reward_model}

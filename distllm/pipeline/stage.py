@@ -1,0 +1,177 @@
+"""One stage from start to finish: lock, build, resume, train, evaluate, export, and leave a record of where it came from."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distllm.arch.io import save_model
+from distllm.config.schema import Config, leaves, to_dict
+from distllm.engines.hardware import tune_cpu
+from distllm.pipeline import reinforcement, supervised
+from distllm.pipeline.build import Builder, Parts
+from distllm.pipeline.lineage import describe_lineage
+from distllm.tracking.base import Tracker, make_trackers
+from distllm.tracking.console import setup_logging
+from distllm.tracking.progress import progress
+from distllm.train.checkpoint import Checkpoints
+from distllm.train.files import atomic_write_json
+from distllm.train.intervals import paired_interval
+from distllm.train.loop import Loop
+from distllm.train.rng import seed_all
+from distllm.train.run_dir import RunDir
+from distllm.train.signals import StopFlag
+from distllm.train.state import RunState
+
+_log = logging.getLogger("distllm")
+
+
+@dataclass(slots=True)
+class StageResult:
+    """How a stage ended."""
+
+    finished: bool
+    """False when a signal stopped it after a clean save; start it again to go on."""
+    run_dir: Path
+    metrics: dict[str, Any]
+    """`before/...` and `after/...`; empty when unfinished."""
+
+
+def run_stage(config: Config, stop: StopFlag | None = None) -> StageResult:
+    """Run the stage that `config` describes, or go on with it where its run directory stands.
+
+    Raises:
+        UserError: something in the configuration, the data, the directory or the machine is not as it must be.
+    """
+    if stop is None:
+        with StopFlag() as stop:
+            return run_stage(config, stop)
+    run = RunDir(config.run.dir)
+    with run.lock():
+        run.claim(to_dict(config), {x.key: "free" if x.free else "same" for x in leaves(config)})
+        setup_logging(run.path)
+        done = read_result(run.path)
+        if done is not None and done["steps"] >= config.train.max_steps:
+            _log.info("%s is complete (%d steps).", run.path, done["steps"])
+            return StageResult(True, run.path, done["metrics"])
+        threads = tune_cpu(config.hardware)
+        seed_all(config.run.seed)
+        builder = Builder(config, run.path)
+        is_rl = config.stage.name not in ("pretrain", "sft", "reward")
+        parts = (reinforcement if is_rl else supervised).build(builder)
+        first = parts.engines[parts.trained[0]]
+        _log.info(
+            "%s: %s on %s, %s, %d threads.",
+            config.stage.name,
+            config.arch.name,
+            first.device,
+            str(first.dtype).removeprefix("torch."),
+            threads,
+        )
+        tracker = make_trackers(config.tracking, run.path, first.ranks.is_main, to_dict(config))
+        try:
+            return _train(config, run.path, builder, parts, tracker, stop)
+        finally:
+            tracker.close()
+            for engine in parts.engines.values():
+                engine.close()
+
+
+def _train(
+    config: Config,
+    folder: Path,
+    builder: Builder,
+    parts: Parts,
+    tracker: Tracker,
+    stop: StopFlag,
+) -> StageResult:
+    stage = config.stage.name
+    started = time.monotonic()
+    notes: dict[str, Any] = {"before": None, "train_s": 0.0}
+    checkpoints = Checkpoints(folder / "checkpoints", config.train.keep_last)
+    checkpoints.clean()
+    trained = {role: parts.engines[role] for role in parts.trained}
+    state = RunState(checkpoints, trained, tracker.state, notes)
+
+    def measure(when: str, step: int) -> dict[str, Any]:
+        metrics, samples = parts.evaluate()
+        for record in samples:
+            tracker.sample({"step": step, "stage": stage, "when": when, **record})
+        tracker.log(step, {"stage": stage, **_scalars(metrics)})
+        return metrics
+
+    def save(loop: Loop) -> None:
+        notes["train_s"] = before_s + time.monotonic() - started
+        state.save(loop)
+
+    loop = Loop(
+        options=config.train,
+        stage=stage,
+        source=parts.source,
+        log=tracker.log,
+        evaluate=lambda step: _scalars(measure("train", step)),
+        save=save,
+        stop_requested=lambda: stop.requested,
+        progress=lambda step, shown: bar.advance(1, **_shown(shown)),
+    )
+    model: Any = trained[parts.trained[0]].model
+    tracked = state.restore(loop)
+    tracker.restore(tracked or {}, loop.step)
+    before_s = notes["train_s"]
+    if notes["before"] is None:
+        notes["before"] = measure("before", 0)
+    else:
+        _log.info("Going on from step %d.", loop.step)
+
+    with progress(config.train.max_steps, stage, start=loop.step) as bar:
+        finished = loop.run()
+    if not finished:
+        _log.info("Stopped after step %d; start again with the same run.dir to go on.", loop.step)
+        return StageResult(False, folder, {})
+
+    parts.finish()
+    metrics = summarise(notes["before"], measure("after", loop.step))
+    lineage = describe_lineage(config, builder, parts)
+    save_model(model, parts.tokenizer, folder / "model", end_ids=builder.end_ids)
+    atomic_write_json(folder / "lineage.json", lineage)
+    atomic_write_json(
+        folder / "result.json",
+        {
+            "name": folder.name,
+            "stage": stage,
+            "steps": loop.step,
+            "metrics": metrics,
+            "wall_s": notes["train_s"],
+            "num_parameters": sum(p.numel() for p in model.parameters()),
+        },
+    )
+    return StageResult(True, folder, metrics)
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """Read what a finished stage reported; None when it has not finished."""
+    path = folder / "result.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def summarise(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """Merge two evaluations: `before/x`, `after/x`, and paired intervals of per-sample rewards."""
+    merged = {f"before/{k.removeprefix('eval/')}": v for k, v in _scalars(before).items()}
+    merged |= {f"after/{k.removeprefix('eval/')}": v for k, v in _scalars(after).items()}
+    if "eval/rewards" in before:
+        mean, low, high = paired_interval(before["eval/rewards"], after["eval/rewards"])
+        merged |= {"gain/reward": mean, "gain/reward_low": low, "gain/reward_high": high}
+    return merged
+
+
+def _scalars(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in metrics.items() if not isinstance(v, list)}
+
+
+def _shown(metrics: dict[str, float]) -> dict[str, float]:
+    names = {"train/loss": "loss", "rl/reward_mean": "reward", "rl/kl_ref": "kl"}
+    return {short: metrics[name] for name, short in names.items() if name in metrics}

@@ -1,0 +1,43 @@
+"""Confidence intervals and calibration of what evaluations report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist, fmean, stdev
+
+Z_95 = NormalDist().inv_cdf(0.975)
+
+
+def wilson(successes: float, count: int) -> tuple[float, float]:
+    """Return the 95% Wilson score interval of a proportion (Wilson 1927)."""
+    if count == 0:
+        return 0.0, 1.0
+    p, z2 = successes / count, Z_95**2
+    centre = (p + z2 / (2 * count)) / (1 + z2 / count)
+    half = Z_95 * math.sqrt(p * (1 - p) / count + z2 / (4 * count**2)) / (1 + z2 / count)
+    return centre - half, centre + half
+
+
+def paired_interval(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
+    """Return mean, lower and upper end (95%, normal) of the paired differences after - before."""
+    differences = [b - a for a, b in zip(before, after, strict=True)]
+    mean = fmean(differences)
+    half = Z_95 * stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
+    return mean, mean - half, mean + half
+
+
+def expected_calibration_error(
+    confidences: Sequence[float], outcomes: Sequence[bool], num_bins: int = 10
+) -> float:
+    """Return the mean gap between confidence and accuracy over equal-width bins (Guo et al. 2017, arXiv 1706.04599)."""
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    for index, confidence in enumerate(confidences):
+        bins[min(num_bins - 1, int(confidence * num_bins))].append(index)
+    error = 0.0
+    for members in bins:
+        if members:
+            confidence = fmean(confidences[i] for i in members)
+            accuracy = fmean(float(outcomes[i]) for i in members)
+            error += len(members) / len(confidences) * abs(confidence - accuracy)
+    return error
