@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from distllm import registry
+from distllm.config.files import GROUPS
 from distllm.config.overrides import raise_all
-from distllm.config.schema import GROUPS, Config, leaves, options_of
+from distllm.config.schema import Config, leaves, options_of
 from distllm.engines.hardware import PRECISIONS, resolve_device, resolve_precision
 from distllm.errors import UserError
 
@@ -104,7 +105,9 @@ def field_problems(config: Config) -> list[str]:
     for leaf in leaves(config):
         rule, value = RULES.get(leaf.key), leaf.value
         if isinstance(value, float) and not math.isfinite(value):
-            problems.append(f"{leaf.key}={value} {_type(leaf.key, defaults, 'must be a finite number')}")
+            problems.append(
+                f"{leaf.key}={value} {_type(leaf.key, defaults, 'must be a finite number')}"
+            )
         elif rule and value is not None and not rule.holds(value):
             problems.append(f"{leaf.key}={value} {_type(leaf.key, defaults, rule.words)}")
     return problems
@@ -241,7 +244,9 @@ def machine_problems(config: Config) -> list[str]:
     for key in ("model", "tokenizer", "stage.reward_model"):
         path = getattr(config.stage, "reward_model", "") if "." in key else getattr(config, key)
         if path and not Path(path).is_dir():
-            problems.append(f"{key}={path} is not a directory. Give the directory of a model, such as RUN/model.")
+            problems.append(
+                f"{key}={path} is not a directory. Give the directory of a model, such as RUN/model."
+            )
     return problems
 
 
@@ -271,4 +276,3 @@ def _installed(package: str) -> bool:
 
 def _c_compiler() -> bool:
     return any(shutil.which(name) for name in ("cc", "gcc", "clang"))
-

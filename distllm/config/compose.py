@@ -8,7 +8,6 @@ import functools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -19,12 +18,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from distllm.config import checks, overrides
 from distllm.config.fields import field_type, is_mapping
+from distllm.config.files import CHOOSABLE, GROUPS, conf_dir, options_in
 from distllm.config.overrides import Override, raise_all
-from distllm.config.schema import GROUPS, Config, Leaf, leaves, options_of, with_values
+from distllm.config.schema import Config, Leaf, leaves, options_of, with_values
 from distllm.errors import ConfigError
-
-CHOOSABLE = (*GROUPS, "experiment")
-"""Words that are set to the name of a file: `arch=llama_tiny` reads conf/arch/llama_tiny.yaml."""
+from distllm.registry import unknown_name
 
 
 def compose(
@@ -44,7 +42,7 @@ def compose(
     choices = {o.key: o.text for o in typed if o.key in CHOOSABLE}
     settings = [o for o in typed if o.key not in CHOOSABLE]
     unknown = {g: o for g, o in choices.items() if o not in options_in(g)}
-    problems = [overrides.unknown_option(g, o, options_in(g)) for g, o in unknown.items()]
+    problems = [unknown_name(g, o, options_in(g)) for g, o in unknown.items()]
     # Settings of a group whose option is unknown cannot be judged; the others can.
     composed = _compose_files({g: o for g, o in choices.items() if g not in unknown})
     judged = [o for o in settings if o.key.partition(".")[0] not in unknown]
@@ -65,26 +63,6 @@ def default_run_dir(config: Config) -> str:
     return f"runs/{what}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-@functools.cache
-def conf_dir() -> Path:
-    """Return the folder of the YAML files: inside an installed package, or beside it in a checkout.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package / "conf", package.parent / "conf"):
-        if (folder / "config.yaml").is_file():
-            return folder
-    raise ConfigError(f"No conf/config.yaml in or beside {package}: the installation is incomplete.")
-
-
-@functools.cache
-def options_in(group: str) -> list[str]:
-    """List the options of `group`: the names of its YAML files."""
-    return sorted(p.stem for p in (conf_dir() / group).glob("*.yaml"))
-
-
 def known_keys(config: Config) -> list[str]:
     """List everything that can stand before `=`: settings and groups."""
     return [leaf.key for leaf in leaves(config)] + list(CHOOSABLE)
@@ -94,7 +72,9 @@ def read_files(choices: Mapping[str, str]) -> list[tuple[str, str]]:
     """Return (file below conf/, package) in the order in which their values are laid over each other."""
     with _hydra():
         loader = GlobalHydra.instance().config_loader()
-        plan = loader.compute_defaults_list("config", _hydra_choices(choices), hydra.types.RunMode.RUN)
+        plan = loader.compute_defaults_list(
+            "config", _hydra_choices(choices), hydra.types.RunMode.RUN
+        )
     return [
         (d.config_path, d.package or "")
         for d in plan.defaults
@@ -109,11 +89,15 @@ def _compose_files(choices: Mapping[str, str]) -> DictConfig:
     except (HydraException, OmegaConfBaseException) as error:
         chosen = " ".join(f"{g}={o}" for g, o in choices.items())
         raise ConfigError(f"The files in {conf_dir()} do not compose ({chosen}): {error}") from None
-    OmegaConf.set_struct(composed, False)  # dataclass nodes stay strict; maps of names to values open up
+    OmegaConf.set_struct(
+        composed, False
+    )  # dataclass nodes stay strict; maps of names to values open up
     return composed
 
 
-def _apply(composed: DictConfig, settings: Sequence[Override], also_known: Iterable[str]) -> list[str]:
+def _apply(
+    composed: DictConfig, settings: Sequence[Override], also_known: Iterable[str]
+) -> list[str]:
     """Write `settings` into `composed`; return what is wrong with them."""
     before = _to_dataclass(composed)
     by_key = {leaf.key: leaf for leaf in leaves(before)}

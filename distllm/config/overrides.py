@@ -14,7 +14,6 @@ from hydra.errors import HydraException
 
 from distllm.config.fields import is_text, type_words
 from distllm.errors import ConfigError
-from distllm.registry import unknown_name
 
 # Words of other frameworks -> ours, for suggestions only.
 _FOREIGN = {
@@ -65,11 +64,15 @@ def parse(arguments: Iterable[str]) -> list[Override]:
         key = key.strip()
         if key.startswith(("+", "~")):
             name = key.lstrip("+~")
-            problems.append(f"`{key}`: settings are changed, never added or removed. Type {name}=VALUE.")
+            problems.append(
+                f"`{key}`: settings are changed, never added or removed. Type {name}=VALUE."
+            )
         elif not equals:
             problems.append(f"`{argument}` is not a setting. Type key=value.")
         elif not all(part.isidentifier() for part in key.split(".")):
-            problems.append(f"`{key}` is not a key. Type words joined by dots, such as optim.lr=0.001.")
+            problems.append(
+                f"`{key}` is not a key. Type words joined by dots, such as optim.lr=0.001."
+            )
         else:
             found.append(Override(key, text))
     raise_all(problems)
@@ -162,11 +165,6 @@ def nearest_key(key: str, known: Iterable[str]) -> str | None:
 
     best = max(known, key=likeness, default=None)
     return best if best is not None and likeness(best) >= 0.6 else None
-
-
-def unknown_option(group: str, option: str, options: Sequence[str]) -> str:
-    """Word the message for an option that a group does not have."""
-    return unknown_name(group, option, options)
 
 
 def _ratio(a: str, b: str) -> float:

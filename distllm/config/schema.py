@@ -53,11 +53,6 @@ class Config:
     """Directory of the tokenizer. None takes the model's, or trains one on the data."""
 
 
-GROUPS = (
-    "arch", "stage", "engine", "data", "optim", "schedule", "tracking", "hardware", "pipeline",
-)  # fmt: skip
-"""Groups with options to choose from: one folder of `conf/` each."""
-
 _SHARED_OPTIONS = {"schedule": ScheduleOptions, "tracking": TrackingOptions}
 
 
