@@ -31,6 +31,7 @@ class SkillsSource(Source):
     """Dialogues, pairs and prompts of the chosen tasks, taking turns."""
 
     serves = ("dialogues", "pairs", "prompts")
+    checkable = True
 
     def __init__(self, options: DataOptions, seed: int) -> None:
         super().__init__(options, seed)

@@ -31,6 +31,8 @@ class Source:
     Options = DataOptions
     serves: ClassVar[tuple[str, ...]] = ()
     """Which of `KINDS` this source offers."""
+    checkable: ClassVar[bool] = False
+    """Whether every prompt has an answer that a rule can check, so that SFT can report exact match."""
 
     def __init__(self, options: DataOptions, seed: int) -> None:
         self.options = options

@@ -21,6 +21,8 @@ class PretrainOptions:
     name: str = "pretrain"
     objective: str = "auto"
     """What is predicted; `auto` is the architecture's own: `clm` for a decoder."""
+    baselines: bool = False
+    """Also fit a unigram and modified Kneser-Ney n-gram models of order 2 to 5, and report their held-out loss."""
 
 
 @register("objective")

@@ -45,10 +45,14 @@ class Parts:
     source: Source
     evaluate: Callable[[], tuple[dict[str, float], list[dict[str, Any]]]]
     """Measure held-out data: metrics, and sample records."""
+    baselines: Callable[[], dict[str, float]] = dict
+    """Measure once, before training, what the stage has to beat: `baseline/...`."""
     finish: Callable[[], None] = lambda: None
     """Called once after training, before the final evaluation and export."""
     parents: dict[str, str] = field(default_factory=dict)
     """Role -> directory of the model it started from."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Further entries of `result.json`."""
 
 
 @dataclass(slots=True)

@@ -32,5 +32,7 @@ class PipelineOptions:
     name: str = "none"
     rounds: int = free(1)
     """How often the stages marked `per_round` are repeated, each round from the policy of the one before."""
+    policy: str = ""
+    """Stage whose model each further round starts from."""
     stages: list[PipelineStage] = field(default_factory=list)
     """The stages, in order."""

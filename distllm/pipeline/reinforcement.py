@@ -95,6 +95,7 @@ def build(builder: Builder) -> Parts:
         trained=trained,
         source=source,
         evaluate=evaluate,
+        facts={"reward": "model" if "reward" in engines else stage.reward},
         parents=parents | ({"policy": config.model} if config.model else {}),
     )
 

@@ -123,7 +123,7 @@ def _train(
     tracker.restore(tracked or {}, loop.step)
     before_s = notes["train_s"]
     if notes["before"] is None:
-        notes["before"] = measure("before", 0)
+        notes["before"] = measure("before", 0) | parts.baselines()
     else:
         _log.info("Going on from step %d.", loop.step)
 
@@ -147,6 +147,7 @@ def _train(
             "metrics": metrics,
             "wall_s": notes["train_s"],
             "num_parameters": sum(p.numel() for p in model.parameters()),
+            **parts.facts,
         },
     )
     return StageResult(True, folder, metrics)
@@ -160,8 +161,11 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 
 def summarise(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """Merge two evaluations: `before/x`, `after/x`, and paired intervals of per-sample rewards."""
-    merged = {f"before/{k.removeprefix('eval/')}": v for k, v in _scalars(before).items()}
-    merged |= {f"after/{k.removeprefix('eval/')}": v for k, v in _scalars(after).items()}
+    merged = {k: v for k, v in before.items() if k.startswith("baseline/")}
+    for when, metrics in (("before", before), ("after", after)):
+        for key, value in _scalars(metrics).items():
+            if key.startswith("eval/"):
+                merged[f"{when}/{key.removeprefix('eval/')}"] = value
     if "eval/rewards" in before:
         mean, low, high = paired_interval(before["eval/rewards"], after["eval/rewards"])
         merged |= {"gain/reward": mean, "gain/reward_low": low, "gain/reward_high": high}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from distllm import registry
+from distllm.data import ngram
 from distllm.data.datasets import ChatDataset, PairDataset, PromptDataset, text_rows
 from distllm.engines.base import Engine
 from distllm.errors import ConfigError
@@ -50,7 +51,15 @@ def _pretrain(builder: Builder) -> Parts:
         openings = [ids[:12].tolist() for ids in heldout.documents()[:4]]
         return metrics, continuations(builder, engine, openings)
 
-    return _supervised(builder, engine, objective, train, evaluate)
+    def baselines() -> dict[str, float]:
+        if not config.stage.baselines:
+            return {}
+        documents = [[d[:-1] for d in rows.documents()] for rows in (train, heldout)]
+        costs = ngram.baselines(*documents, len(builder.tokenizer), builder.tokenizer.eos_token_id)
+        return {f"baseline/{name}": nats for name, nats in costs.items()}
+
+    parts = _supervised(builder, engine, objective, train, evaluate)
+    return replace(parts, baselines=baselines)
 
 
 def _sft(builder: Builder) -> Parts:
@@ -62,8 +71,7 @@ def _sft(builder: Builder) -> Parts:
     engine = builder.engine("model", builder.model("lm"), trained=True)
     count = config.train.num_eval_samples
     shown = [heldout[i] for i in range(min(len(heldout), count))]
-    checkable = "prompts" in builder.data.serves
-    prompts = heldout_prompts(builder) if checkable else []
+    prompts = heldout_prompts(builder) if builder.data.checkable else []
 
     def evaluate() -> tuple[dict[str, float], list[dict[str, Any]]]:
         metrics = evaluate_loss(engine, objective, shown, config.train.micro_batch_size)
@@ -87,12 +95,11 @@ def _reward(builder: Builder) -> Parts:
     engine = builder.engine("model", model, trained=True)
     count, size = config.train.num_eval_samples, config.train.micro_batch_size
     shown = [heldout[i] for i in range(min(len(heldout), count))]
-    baseline = _likelihood_baseline(builder, objective, shown)
 
     def evaluate() -> tuple[dict[str, float], list[dict[str, Any]]]:
         metrics = evaluate_loss(engine, objective, shown, size)
         margins = pair_margins(engine, objective, shown, size)
-        return metrics | preference_metrics(margins, shown) | baseline, []
+        return metrics | preference_metrics(margins, shown), []
 
     def finish() -> None:
         """Centre and scale the scores of the chosen answers, so that 0 and 1 mean the same for every model."""
@@ -108,18 +115,17 @@ def _reward(builder: Builder) -> Parts:
         head.reward_std.copy_(both.std() * scale)
 
     parts = _supervised(builder, engine, objective, train, evaluate)
-    return replace(parts, finish=finish)
+    baselines = partial(_likelihood_baseline, builder, objective, shown)
+    return replace(parts, finish=finish, baselines=baselines)
 
 
 def _likelihood_baseline(builder: Builder, objective: Reward, pairs: list[Any]) -> dict[str, float]:
     """Judge the pairs by the log-likelihood of the model that training starts from."""
-    if not builder.config.model:
-        return {}
     engine = builder.engine("baseline", builder.model("likelihood", dropout=False), trained=False)
     margins = pair_margins(engine, objective, pairs, builder.config.train.micro_batch_size)
     metrics = preference_metrics(margins, pairs)
     return {
-        k.replace("eval/", "eval/likelihood_"): v
+        k.replace("eval/", "baseline/likelihood_"): v
         for k, v in metrics.items()
         if k.startswith("eval/accuracy")
     }

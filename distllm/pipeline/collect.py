@@ -1,0 +1,150 @@
+"""Preference pairs from the current policy: its own wrong answers, and corrupted right ones, against right answers."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from distllm.config.schema import Config, leaves, to_dict
+from distllm.data.datasets import PromptDataset
+from distllm.data.skills import exact_match
+from distllm.engines.base import Engine
+from distllm.engines.hardware import tune_cpu
+from distllm.generation.generate import generate
+from distllm.pipeline.build import Builder
+from distllm.tracking.console import setup_logging
+from distllm.tracking.progress import progress
+from distllm.train.files import atomic_write_json, atomic_write_text
+from distllm.train.rng import seed_all
+from distllm.train.run_dir import RunDir
+from distllm.types import Pair, Prompt
+
+_log = logging.getLogger("distllm")
+
+SPLITS = ("train", "heldout")
+BATCH_SIZE = 128
+
+
+def collect_pairs(config: Config, num_samples: int = 2) -> dict[str, Any]:
+    """Write `train.jsonl` and `heldout.jsonl` of pairs to `run.dir`; return what was found.
+
+    For each prompt the policy answers `num_samples` times at temperature 1. A wrong answer becomes the rejected side of
+    a pair of kind `sampled`: of several, the one whose length is nearest to the right answer's, so that length gives
+    little away. Where all answers were right, the source's corrupted answer is used, but in at most half of the pairs.
+
+    Raises:
+        ConfigError: the data offers no prompts with answers.
+    """
+    run = RunDir(config.run.dir)
+    with run.lock():
+        run.claim(to_dict(config), {x.key: "free" if x.free else "same" for x in leaves(config)})
+        setup_logging(run.path)
+        result = run.path / "result.json"
+        if result.exists():
+            return json.loads(result.read_text(encoding="utf-8"))["metrics"]
+        tune_cpu(config.hardware)
+        seed_all(config.run.seed)
+        builder = Builder(config, run.path)
+        engine = builder.engine("policy", builder.model("lm", dropout=False), trained=False)
+        metrics: dict[str, Any] = {}
+        for split in SPLITS:
+            pairs, accuracy = _pairs(builder, engine, split, num_samples)
+            rows = [_row(pair) for pair in pairs]
+            atomic_write_text(run.path / f"{split}.jsonl", "".join(rows))
+            sampled = sum(p.kind == "sampled" for p in pairs)
+            metrics |= {
+                f"{split}/pairs": len(pairs),
+                f"{split}/share_sampled": sampled / max(1, len(pairs)),
+                f"{split}/policy_accuracy": accuracy,
+            }
+        atomic_write_json(
+            result, {"name": run.path.name, "stage": "collect", "steps": 0, "metrics": metrics}
+        )
+        return metrics
+
+
+def _pairs(
+    builder: Builder, engine: Engine, split: str, num_samples: int
+) -> tuple[list[Pair], float]:
+    corrupted = builder.data.pairs(split)
+    prompts = builder.data.prompts(split)[: len(corrupted)]
+    limit = builder.config.train.seq_len
+    examples = PromptDataset(prompts, builder.tokenizer, limit)
+    answers: list[list[str]] = []
+    with engine.sampling() as model, progress(len(prompts), f"collect {split}") as bar:
+        for start in range(0, len(prompts), BATCH_SIZE):
+            part = [examples[i] for i in range(start, min(start + BATCH_SIZE, len(examples)))]
+            rollouts = generate(
+                model,  # type: ignore[arg-type]
+                [p.prompt_ids for p in part],
+                builder.config.generation,
+                end_ids=builder.end_ids,
+                pad_id=builder.pad_id,
+                seed=builder.config.run.seed,
+                prompt_indices=[p.sample_id for p in part],
+                num_samples=num_samples,
+            )
+            texts = [builder.decode(r.response_ids).strip() for r in rollouts]
+            answers += [texts[i : i + num_samples] for i in range(0, len(texts), num_samples)]
+            bar.advance(len(part))
+    right = sum(
+        exact_match(text, p.answer or "")
+        for p, texts in zip(prompts, answers, strict=True)
+        for text in texts
+    )
+    return mix(prompts, answers, corrupted), right / (len(prompts) * num_samples)
+
+
+def mix(
+    prompts: Sequence[Prompt], answers: Sequence[Sequence[str]], corrupted: Sequence[Pair]
+) -> list[Pair]:
+    """Pair each right answer with a sampled wrong one where there is one, else with a corrupted one.
+
+    Corrupted pairs beyond the number of sampled ones are dropped, in order.
+    """
+    pairs: list[Pair] = []
+    num_sampled = 0
+    for prompt, texts, other in zip(prompts, answers, corrupted, strict=True):
+        right = prompt.answer or ""
+        wrong = [t for t in texts if t and not exact_match(t, right)]
+        if wrong:
+            nearest = min(wrong, key=lambda text: (abs(len(text) - len(right)), text))
+            pair = Pair(
+                prompt=prompt.messages, chosen=right, rejected=nearest, kind="sampled", task=prompt.task
+            )
+            pairs.append(pair)
+            num_sampled += 1
+        else:
+            pairs.append(other)
+    room = num_sampled
+    kept = []
+    for pair in pairs:
+        if pair.kind != "sampled":
+            if room == 0:
+                continue
+            room -= 1
+        kept.append(pair)
+    return kept
+
+
+def _row(pair: Pair) -> str:
+    record = {
+        "prompt": pair.prompt,
+        "chosen": pair.chosen,
+        "rejected": pair.rejected,
+        "kind": pair.kind,
+        "task": pair.task,
+    }
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def pair_files(folder: Path) -> dict[str, str]:
+    """Return the overrides that make a reward stage learn from the pairs in `folder`."""
+    return {
+        "data": "file",
+        "data.path": str(folder / "train.jsonl"),
+        "data.heldout_path": str(folder / "heldout.jsonl"),
+    }
