@@ -40,7 +40,9 @@ class Arguments:
         try:
             return int(text)
         except ValueError:
-            raise ConfigError(f"{key}={text} is not an integer. Example: {key}={default}.") from None
+            raise ConfigError(
+                f"{key}={text} is not an integer. Example: {key}={default}."
+            ) from None
 
 
 def split(

@@ -1,0 +1,159 @@
+"""`distllm data`: looks at a data source the way training will see it."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from distllm.cli.arguments import split
+from distllm.errors import ConfigError, UserError
+from distllm.registry import unknown_name
+
+if TYPE_CHECKING:
+    from distllm.data.source import Source
+
+HELP = """
+usage: distllm data stats data=DATA [tokenizer=DIR] [key=value ...]
+       distllm data show data=DATA [count=N] [split=train|heldout] [tokenizer=DIR] [key=value ...]
+
+`stats` counts records, characters and tokens. `show` prints samples; in dialogues, the tokens that are learned
+from (assistant's answers) are green on a terminal and between [[ ]] elsewhere.
+
+Examples:
+  distllm data stats data=stdlib
+  distllm data show data=skills count=3
+  distllm data stats data=file data.path=corpus.jsonl
+"""
+OWN = {
+    "count": "records of each kind to show; default 2",
+    "split": "train or heldout; default train",
+}
+
+_VIEWS = ("stats", "show")
+_GREEN, _RED, _PLAIN = "\033[32m", "\033[31m", "\033[0m"
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print counts or samples."""
+    given = split("data", arguments, OWN, names="stats or show", max_names=1)
+    view = given.names[0] if given.names else "stats"
+    if view not in _VIEWS:
+        raise ConfigError(unknown_name("view", view, _VIEWS))
+    count, side = given.integer("count", 2), given.own.get("split", "train")
+
+    from distllm.config.compose import compose
+    from distllm.data.source import SPLITS, check_split, open_source
+
+    check_split(side)
+    config = compose(given.overrides, also_known=OWN)
+    source = open_source(config.data, config.run.seed)
+    kinds = _kinds(source)
+    tokenizer = _tokenizer(config, source, kinds)
+    print(f"data={config.data.name}, fingerprint {source.fingerprint()[:16]}")
+    if view == "stats":
+        _print_stats({f"{s} {k}": _texts(source, k, s) for k in kinds for s in SPLITS}, tokenizer)
+        return 0
+    for kind in kinds:
+        print(f"\n{kind} ({side})")
+        for record in getattr(source, kind)(side)[:count]:
+            print(_show(record, tokenizer))
+    return 0
+
+
+def _kinds(source: "Source") -> list[str]:
+    """List the kinds of record that the source really holds: for files, only their columns tell."""
+    found, first_error = [], None
+    for kind in source.serves:
+        try:
+            getattr(source, kind)("train")
+            found.append(kind)
+        except UserError as error:
+            first_error = first_error or error
+    if not found and first_error:
+        raise first_error
+    return found
+
+
+def _tokenizer(config: Any, source: "Source", kinds: Sequence[str]) -> Any:
+    """Take the configured tokenizer, or train one of arch.vocab_size, as training would."""
+    from distllm.data.tokenizer import load_tokenizer, train_tokenizer
+
+    folder = config.tokenizer or config.model
+    if folder:
+        return load_tokenizer(folder)
+    texts = [t for kind in kinds for parts in _texts(source, kind, "train") for t in parts]
+    print(f"No tokenizer=DIR given: one of {config.arch.vocab_size} is trained on these records.")
+    return train_tokenizer(texts, config.arch.vocab_size)
+
+
+def _texts(source: "Source", kind: str, side: str) -> list[list[str]]:
+    """Return the texts of each record."""
+    return [_parts(record) for record in getattr(source, kind)(side)]
+
+
+def _parts(record: Any) -> list[str]:
+    from distllm.types import Dialogue, Document, Pair
+
+    if isinstance(record, Document):
+        return [record.text]
+    if isinstance(record, Dialogue):
+        return [m["content"] for m in record.messages]
+    if isinstance(record, Pair):
+        return [*(m["content"] for m in record.prompt), record.chosen, record.rejected]
+    return [*(m["content"] for m in record.messages), *([record.answer] if record.answer else [])]
+
+
+def _print_stats(groups: dict[str, list[list[str]]], tokenizer: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from distllm.data.tokenizer import encode_texts
+
+    table = Table("records", "number", "characters", "tokens", "tokens per record: mean", "longest")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, records in groups.items():
+        lengths = [sum(map(len, encode_texts(tokenizer, parts))) for parts in records]
+        characters = sum(len(text) for parts in records for text in parts)
+        mean = sum(lengths) / max(1, len(lengths))
+        cells = (len(records), characters, sum(lengths), round(mean, 1), max(lengths, default=0))
+        table.add_row(name, *(f"{cell:,}" for cell in cells))
+    Console().print(table)
+    print("Tokens are those of the texts; a chat template and end tokens come on top.")
+
+
+def _show(record: Any, tokenizer: Any) -> str:
+    from distllm.data.chat import encode_dialogue
+    from distllm.types import Dialogue, Document, Pair
+
+    if isinstance(record, Document):
+        return f"- {record.name}\n{_indent(record.text[:600])}"
+    if isinstance(record, Dialogue):
+        ids, mask = encode_dialogue(tokenizer, record.messages)
+        learned = f"{sum(mask)} of {len(ids)} tokens learned from"
+        return f"- {record.task} ({learned})\n{_indent(''.join(_runs(ids, mask, tokenizer)))}"
+    messages = record.prompt if isinstance(record, Pair) else record.messages
+    lines = [f"- {record.task}", *(_indent(f"{m['role']}: {m['content']}") for m in messages)]
+    if isinstance(record, Pair):
+        lines.append(_indent(f"chosen:   {_mark(record.chosen, _GREEN)}"))
+        lines.append(_indent(f"rejected: {_mark(record.rejected, _RED)} {record.kind}"))
+    elif record.answer is not None:
+        lines.append(_indent(f"answer: {_mark(record.answer, _GREEN)}"))
+    return "\n".join(lines)
+
+
+def _runs(ids: Sequence[int], mask: Sequence[bool], tokenizer: Any) -> Iterator[str]:
+    """Decode stretches of equal mask; a token stands wholly inside or outside."""
+    start = 0
+    for i in range(1, len(ids) + 1):
+        if i == len(ids) or mask[i] != mask[start]:
+            text = tokenizer.decode(ids[start:i], skip_special_tokens=False)
+            yield _mark(text, _GREEN) if mask[start] else text
+            start = i
+
+
+def _mark(text: str, colour: str) -> str:
+    return f"{colour}{text}{_PLAIN}" if sys.stdout.isatty() else f"[[{text}]]"
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines())

@@ -1,0 +1,41 @@
+"""`distllm evaluate`: measures a model on held-out data and prints JSON."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from distllm.cli.arguments import split
+
+HELP = """
+usage: distllm evaluate model=DIR data=DATA [train.num_eval_samples=N] [out=FILE] [key=value ...]
+
+Documents give nats per token and bits per byte, dialogues and prompts exact match, pairs accuracy and calibration.
+
+Examples:
+  distllm evaluate model=runs/demo/pretrain/model data=stdlib
+  distllm evaluate model=runs/demo/sft/model stage=sft data=skills out=result.json
+"""
+OWN = {"out": "file to write the JSON to, beside printing it"}
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print the metrics as one JSON object."""
+    given = split("evaluate", arguments, OWN)
+
+    from distllm.config.checks import machine_problems
+    from distllm.config.compose import compose
+    from distllm.config.overrides import raise_all
+    from distllm.errors import ConfigError
+
+    config = compose(given.overrides, also_known=OWN)
+    if config.model is None:
+        raise ConfigError("`distllm evaluate` needs model=DIR, such as model=RUN/model.")
+    raise_all(machine_problems(config))
+
+    from distllm.pipeline.evaluate_model import evaluate
+
+    text = json.dumps(evaluate(config), indent=2)
+    print(text)
+    if "out" in given.own:
+        Path(given.own["out"]).write_text(text + "\n", encoding="utf-8")
+    return 0

@@ -1,0 +1,40 @@
+"""`distllm pipeline`: stages chained into rounds."""
+
+from collections.abc import Sequence
+
+from distllm.cli.arguments import split
+
+HELP = """
+usage: distllm pipeline pipeline=NAME [run.dir=DIR] [pipeline.rounds=N] [key=value ...]
+
+Example:
+  distllm pipeline pipeline=demo run.dir=runs/demo
+
+Started again with the same run.dir, a pipeline goes on at the unfinished stage. `distllm list pipeline` shows which
+pipelines there are.
+"""
+OWN: dict[str, str] = {}
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the stages; 3 when a signal stopped one after a clean save."""
+    given = split("pipeline", arguments, OWN)
+
+    from distllm.cli.main import EXIT_DONE, EXIT_STOPPED
+    from distllm.config.checks import machine_problems
+    from distllm.config.compose import compose
+    from distllm.config.files import options_in
+    from distllm.config.overrides import raise_all
+    from distllm.errors import ConfigError
+
+    config = compose(given.overrides)
+    if not config.pipeline.stages:
+        known = [name for name in options_in("pipeline") if name != "none"]
+        raise ConfigError(
+            f"pipeline={config.pipeline.name} has no stages. Set pipeline=NAME, one of: {', '.join(known)}."
+        )
+    raise_all(machine_problems(config))
+
+    from distllm.pipeline.run import run_pipeline
+
+    return EXIT_DONE if run_pipeline(config).finished else EXIT_STOPPED
