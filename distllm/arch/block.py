@@ -44,13 +44,22 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Mix `x` [batch, seq, d_model] along seq."""
-        q = rotate(self.q_proj(x).unflatten(-1, (self.n_heads, self.d_head)), context.rotary)
-        k = rotate(self.k_proj(x).unflatten(-1, (self.n_kv_heads, self.d_head)), context.rotary)
+        q = self.q_proj(x).unflatten(-1, (self.n_heads, self.d_head))
+        k = self.k_proj(x).unflatten(-1, (self.n_kv_heads, self.d_head))
         v = self.v_proj(x).unflatten(-1, (self.n_kv_heads, self.d_head))
+        rotary: Rotary | None = context.rotary
         if context.cache is not None:
-            k, v = context.cache.append(self.layer, k, v)
-        causal = context.bias is None and q.shape[1] > 1
-        mixed = attention(q, k, v, causal=causal, mask=context.bias, scale=self.d_head**-0.5)
+            k, v = context.cache.append(self.layer, rotate(k, rotary), v)
+            q, rotary = rotate(q, rotary), None
+        mixed = attention(
+            q,
+            k,
+            v,
+            causal=q.shape[1] == k.shape[1],
+            mask=context.bias,
+            scale=self.d_head**-0.5,
+            rotary=rotary,
+        )
         return self.out_proj(mixed.flatten(2))
 
 

@@ -92,7 +92,7 @@ def save_model(
     from safetensors.torch import save_file
 
     options, head = model.options, model.head_name
-    family = next(m for m in _families() if m.ARCH == options.name)
+    family = next(m for m in _families() if options.name == m.ARCH)
     state = dict(model.state_dict() if state is None else state)
     config, tensors = family.to_hf(options, state, head)
     special = _special_ids(tokenizer, end_ids)
