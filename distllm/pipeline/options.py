@@ -34,5 +34,7 @@ class PipelineOptions:
     """How often the stages marked `per_round` are repeated, each round from the policy of the one before."""
     policy: str = ""
     """Stage whose model each further round starts from."""
+    shared: list[str] = field(default_factory=list)
+    """Settings of every stage; a stage's own come after them."""
     stages: list[PipelineStage] = field(default_factory=list)
     """The stages, in order."""

@@ -136,7 +136,13 @@ def job_config(config: Config, job: Job) -> Config:
         settings["stage.reward_model"] = str(job.reward_model / "model")
     if job.pairs is not None:
         settings |= pair_files(job.pairs)
-    composed = compose([*job.stage.overrides, *(f"{k}={_quoted(v)}" for k, v in settings.items())])
+    composed = compose(
+        [
+            *config.pipeline.shared,
+            *job.stage.overrides,
+            *(f"{k}={_quoted(v)}" for k, v in settings.items()),
+        ]
+    )
     return replace(
         composed,
         run=replace(composed.run, seed=config.run.seed),
