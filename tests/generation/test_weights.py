@@ -1,0 +1,97 @@
+"""Weights in bf16 for the length of a rollout: same results as autocast, nothing stale, nothing changed."""
+
+import pytest
+import torch
+from patched import with_bug
+from test_generate import PROMPTS, ids, run, tiny
+
+from distllm.generation import generate as ours
+from distllm.generation import weights
+
+
+def sample(model, module=ours, **settings):
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        return run(model, module=module, num_samples=4, **settings)
+
+
+def change(model):
+    """An optimizer's update: in place, same tensors."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.sign(parameter), alpha=0.05)
+
+
+def check_trap_37_nothing_stale(lowered, monkeypatch):
+    """After an update the sampler follows a fresh model that has the new weights."""
+    monkeypatch.setattr(ours, "lowered", lowered)
+    model = tiny()
+    first = ids(sample(model))
+    change(model)
+    second = ids(sample(model))
+    fresh = tiny(seed=5)
+    fresh.load_state_dict(model.state_dict())
+    monkeypatch.setattr(ours, "lowered", weights.lowered)
+    assert second == ids(sample(fresh))
+    assert second != first
+
+
+def test_trap_37_nothing_stale(monkeypatch):
+    check_trap_37_nothing_stale(weights.lowered, monkeypatch)
+    kept = with_bug(
+        weights,
+        "parameter.data = original.to(dtype)",
+        "parameter.data = globals().setdefault('OLD', {}).setdefault(id(parameter), original.to(dtype))",
+    )
+    with pytest.raises(AssertionError):
+        check_trap_37_nothing_stale(kept.lowered, monkeypatch)
+
+
+def test_both_updates_inside_one_autocast_context():
+    """torch caches casts until the outermost autocast ends; the sampler must not see that cache."""
+    model, fresh = tiny(), tiny()
+    change(fresh)
+    with torch.autocast("cpu", torch.bfloat16):
+        run(model)
+        model(torch.tensor([[1, 2, 3]])).logits.sum().backward()
+        change(model)
+        late = ids(run(model, num_samples=4))
+    assert late == ids(sample(fresh))
+
+
+def test_weights_are_untouched_bit_for_bit():
+    model = tiny()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    places = {name: p.data_ptr() for name, p in model.named_parameters()}
+    sample(model)
+    with pytest.raises(ZeroDivisionError), weights.lowered(model, torch.bfloat16):
+        assert model.embed.weight.dtype == torch.bfloat16
+        assert model.final_norm.weight.dtype == torch.float32
+        raise ZeroDivisionError
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.float32 and parameter.data_ptr() == places[name]
+        assert torch.equal(parameter, before[name])
+    model(torch.tensor([[1, 2, 3]])).logits.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_logprobs_agree_with_the_training_path_in_bf16():
+    """Both in bf16 autocast: means within 0.01 nats, the line at which training would be called off policy."""
+    model = tiny()
+    rollouts = sample(model, max_new_tokens=40)
+    batch = model.join([r.prompt_ids for r in rollouts], ids(rollouts), 0)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        hidden = model(
+            batch.input_ids, batch.attention_mask, compute_logits=False
+        ).last_hidden_state
+        logprobs, _ = model.head.logprobs(hidden, batch.labels, 1.0)
+    trained = logprobs[batch.labels != -100].double()
+    sampled = torch.cat([r.rollout_logprobs for r in rollouts]).double()
+    assert len(sampled) == 40 * 4 * len(PROMPTS)
+    assert (trained - sampled).mean().abs() < 0.01
+    assert (trained - sampled).abs().mean() < 0.05
+
+
+def test_fp32_and_fp64_run_in_their_own_dtype():
+    single, double = tiny(), tiny().double()
+    assert ids(run(single)) == ids(run(double))
+    assert run(double)[0].rollout_logprobs.dtype == torch.float64
