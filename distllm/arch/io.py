@@ -115,6 +115,16 @@ def save_model(
     _put_in_place(aside, folder)
 
 
+def read_options(folder: Path) -> Any:
+    """Read the shape of the model in a directory, without its weights.
+
+    Raises:
+        CheckpointError: config.json is missing, damaged, or of a family we cannot read.
+    """
+    config = read_config(folder)
+    return _family(config, folder).from_hf(config, {})[0]
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Read config.json.
 

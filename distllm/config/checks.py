@@ -6,6 +6,7 @@ are refused earlier, by `compose.py`; what only the data can tell (lengths, form
 
 import importlib.util
 import math
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from distllm import registry
+from distllm.arch.io import read_options
 from distllm.config.files import GROUPS
 from distllm.config.overrides import raise_all
 from distllm.config.schema import Config, leaves, options_of
@@ -44,7 +46,8 @@ def check_training(config: Config, dp_size: int = 1) -> None:
     problems = field_problems(config)
     if not problems:
         problems = cross_problems(config, dp_size) + data_problems(config)
-    raise_all(problems + machine_problems(config))
+    problems += machine_problems(config)
+    raise_all(problems or model_problems(config))
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,9 +226,35 @@ def data_problems(config: Config) -> list[str]:
     ]
 
 
+def model_options(config: Config) -> Any:
+    """Return the shape of the model: that of `config.model`, if set, else `config.arch`.
+
+    Raises:
+        CheckpointError: the directory holds no model.
+    """
+    return config.arch if config.model is None else read_options(Path(config.model))
+
+
+def model_problems(config: Config) -> list[str]:
+    """Check the model to start from against the settings."""
+    longest = model_options(config).max_seq_len
+    if config.train.seq_len <= longest:
+        return []
+    return [
+        f"train.seq_len={config.train.seq_len} is longer than max_seq_len={longest} of model={config.model}. "
+        f"Set train.seq_len={longest}."
+    ]
+
+
 def machine_problems(config: Config) -> list[str]:
     """Check that this machine can run what is asked."""
     problems = []
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1 and config.engine.name == "single":
+        problems.append(
+            f"engine=single runs one process, and a launcher has started {processes} (WORLD_SIZE). "
+            "Start it without a launcher."
+        )
     try:
         device = resolve_device(config.hardware.device)
         resolve_precision(config.train.precision, device)

@@ -8,6 +8,7 @@ import functools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -20,7 +21,7 @@ from distllm.config import checks, overrides
 from distllm.config.fields import field_type, is_mapping
 from distllm.config.files import CHOOSABLE, GROUPS, conf_dir, options_in
 from distllm.config.overrides import Override, raise_all
-from distllm.config.schema import Config, Leaf, leaves, options_of, with_values
+from distllm.config.schema import Config, Leaf, leaves, options_of
 from distllm.errors import ConfigError
 from distllm.registry import unknown_name
 
@@ -50,7 +51,7 @@ def compose(
     raise_all(problems)
     config = _to_dataclass(composed)
     if not config.run.dir:
-        config = with_values(config, {"run.dir": default_run_dir(config)})
+        config = replace(config, run=replace(config.run, dir=default_run_dir(config)))
     if check:
         checks.check(config)
     return config

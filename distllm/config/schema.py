@@ -3,7 +3,7 @@
 A file dropped into a component's folder enrols here by its registry key; what an option means is said in its class.
 """
 
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from distllm import registry
@@ -82,11 +82,6 @@ def to_dict(config: Any) -> dict[str, Any]:
     return {f.name: _plain(getattr(config, f.name)) for f in fields(config)}
 
 
-def same_fields(config: Any) -> dict[str, Any]:
-    """Return dotted key -> value of the fields that must stay the same when a run is resumed."""
-    return {leaf.key: _plain(leaf.value) for leaf in leaves(config) if not leaf.free}
-
-
 @dataclass(frozen=True, slots=True)
 class Leaf:
     """One setting of a config."""
@@ -111,15 +106,6 @@ def leaves(config: Any, prefix: str = "", is_free: bool = False) -> list[Leaf]:
         else:
             found.append(Leaf(key, value, type(config), freed))
     return found
-
-
-def with_values(config: Config, changes: dict[str, Any]) -> Config:
-    """Return a copy of `config` with dotted keys replaced."""
-    for key, value in changes.items():
-        group, _, name = key.partition(".")
-        inner = replace(getattr(config, group), **{name: value}) if name else value
-        config = replace(config, **{group: inner})
-    return config
 
 
 def _plain(value: Any) -> Any:
