@@ -7,6 +7,7 @@ from typing import Any
 
 from distllm.errors import ConfigError
 from distllm.registry import register
+from distllm.tracking.lines import numbers
 from distllm.tracking.options import TrackingOptions
 
 
@@ -28,9 +29,8 @@ class TensorboardTracker:
 
     def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
         """Write the numbers among `metrics`."""
-        for name, value in metrics.items():
-            if not isinstance(value, str):
-                self._writer.add_scalar(name, float(value), step)
+        for name, value in numbers(metrics).items():
+            self._writer.add_scalar(name, value, step)
 
     def sample(self, record: Mapping[str, Any]) -> None:
         """Write `record` as a text under its stage, indented so that it is shown as it is."""

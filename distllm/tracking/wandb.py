@@ -22,7 +22,7 @@ from typing import Any
 
 from distllm.errors import ConfigError
 from distllm.registry import register
-from distllm.tracking.jsonl import read_jsonl
+from distllm.tracking.lines import numbers, read_jsonl
 from distllm.tracking.options import TrackingOptions
 
 logger = logging.getLogger("distllm")
@@ -62,9 +62,8 @@ class WandbTracker:
 
     def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
         """Send the numbers among `metrics`."""
-        numbers = _numbers(metrics)
         self._step = max(self._step, step)
-        self._guard(lambda: self._started().log(numbers, step=step))
+        self._guard(lambda: self._started().log(numbers(metrics), step=step))
 
     def sample(self, record: Mapping[str, Any]) -> None:
         """Keep `record` for the table that is sent at the next checkpoint."""
@@ -131,7 +130,7 @@ class WandbTracker:
             return
         for row in read_jsonl(self.run_dir / "metrics.jsonl"):
             if row.get("step", 0) <= self._step:
-                self._run.log(_numbers(row), step=row.get("step", 0))
+                self._run.log(numbers(row), step=row.get("step", 0))
         for record in read_jsonl(self.run_dir / "samples.jsonl"):
             self.sample(record)
         if self.mode == "offline":
@@ -218,16 +217,3 @@ def _settings(wandb: Any, mode: str) -> Any:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Keep what is a number; `metrics.jsonl` spells non-finite ones as strings."""
-    numbers = {}
-    for name, value in metrics.items():
-        if name == "step" or (
-            isinstance(value, str) and value not in ("NaN", "Infinity", "-Infinity")
-        ):
-            continue
-        if value is not None:
-            numbers[name] = float(value)
-    return numbers

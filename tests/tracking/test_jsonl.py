@@ -13,7 +13,7 @@ import torch
 
 from distllm.errors import ConfigError, EngineError
 from distllm.tracking.base import make_trackers
-from distllm.tracking.jsonl import read_jsonl
+from distllm.tracking.lines import read_jsonl
 from distllm.tracking.options import TrackingOptions
 
 
