@@ -100,11 +100,12 @@ class PairDataset:
                 if pair.chosen == pair.rejected:
                     raise DataError(f"both answers are {pair.chosen!r}; one must be better.")
                 prompt = encode_prompt(tok, pair.prompt)
-                answers = [encode_answer(tok, text) for text in (pair.chosen, pair.rejected)]
+                chosen = encode_answer(tok, pair.chosen)
+                rejected = encode_answer(tok, pair.rejected)
             except DataError as error:
                 raise DataError(f"pair {index}: {error}") from error
-            _check_length("pair", index, len(prompt) + max(map(len, answers)), max_len)
-            self._examples.append(PairExample(prompt, *answers, pair.kind, index))
+            _check_length("pair", index, len(prompt) + max(len(chosen), len(rejected)), max_len)
+            self._examples.append(PairExample(prompt, chosen, rejected, pair.kind, index))
 
     def __len__(self) -> int:
         return len(self._examples)

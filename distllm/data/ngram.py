@@ -93,9 +93,7 @@ class KneserNey:
             numbers[real] = inverse
         return self
 
-    def logprobs(
-        self, documents: Documents, *, score_first: bool = False
-    ) -> dict[int, np.ndarray]:
+    def logprobs(self, documents: Documents, *, score_first: bool = False) -> dict[int, np.ndarray]:
         """Return, for the model of each order 1..`order`, the log-probability of every target.
 
         Targets stand in the documents' order: tokens after the first (or all, with `score_first`), then the end.
@@ -104,7 +102,9 @@ class KneserNey:
         targets = np.flatnonzero(depth >= (1 if score_first else 2))
         lower = np.full(len(tokens), 1.0 / self.vocab_size)
         numbers = tokens
-        contexts = np.zeros(len(tokens), dtype=np.int64)  # before the first token: the one empty context
+        contexts = np.zeros(
+            len(tokens), dtype=np.int64
+        )  # before the first token: the one empty context
         found = {}
         for length, level in enumerate(self._levels, start=1):
             if length > 1:

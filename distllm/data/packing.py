@@ -104,7 +104,9 @@ class PackedDataset:
         last = min(first + self.seq_len, self.num_tokens)
         size = last - first
         # The document each token belongs to; one token further than the row, for its last label.
-        owner = np.searchsorted(self._starts, np.arange(first, min(last + 1, self.num_tokens)), "right")
+        owner = np.searchsorted(
+            self._starts, np.arange(first, min(last + 1, self.num_tokens)), "right"
+        )
         input_ids = np.full(self.seq_len, self.pad_id, dtype=np.int64)
         input_ids[:size] = self._tokens[first:last]
         segment_ids = np.zeros(self.seq_len, dtype=np.int64)
@@ -114,5 +116,8 @@ class PackedDataset:
         same = owner[1:] == owner[: len(following)]
         labels[: len(following)] = np.where(same, following, IGNORE_INDEX)
         return PackedRow(
-            torch.from_numpy(input_ids), torch.from_numpy(labels), torch.from_numpy(segment_ids), index
+            torch.from_numpy(input_ids),
+            torch.from_numpy(labels),
+            torch.from_numpy(segment_ids),
+            index,
         )

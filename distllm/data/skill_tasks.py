@@ -133,7 +133,9 @@ def module_of(rng: Random, material: Material) -> Exercise:
     """Name the module that documents a class or function."""
     module, name = rng.choice(material.definitions)
     others = [m for m in material.modules[len(module)] if m != module]
-    wrong = rng.choice(others) if others else _replace_at(module, 0, _other(LETTERS)(rng, module[0]))
+    wrong = (
+        rng.choice(others) if others else _replace_at(module, 0, _other(LETTERS)(rng, module[0]))
+    )
     return Exercise(f"Which module documents {name}?", module, wrong)
 
 

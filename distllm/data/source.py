@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import ClassVar
 
 from distllm.data.options import DataOptions
 from distllm.errors import ConfigError
@@ -29,9 +28,9 @@ class Source:
     """Base of all sources: a kind of record that a source does not serve is a ConfigError that says what it serves."""
 
     Options = DataOptions
-    serves: ClassVar[tuple[str, ...]] = ()
+    serves: tuple[str, ...] = ()
     """Which of `KINDS` this source offers."""
-    checkable: ClassVar[bool] = False
+    checkable: bool = False
     """Whether every prompt has an answer that a rule can check, so that SFT can report exact match."""
 
     def __init__(self, options: DataOptions, seed: int) -> None:

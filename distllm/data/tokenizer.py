@@ -6,8 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING
 
 from distllm.errors import ConfigError, DataError
 
@@ -30,8 +29,6 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )
 """`<|user|>question<|end|><|assistant|>answer<|end|>`, nothing in between."""
-
-_copies: WeakKeyDictionary[Any, tuple[int, Tokenizer, Tokenizer]] = WeakKeyDictionary()
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -92,7 +89,9 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     if not path.is_dir():
         raise ConfigError(f"tokenizer={folder} is not a folder. Set one that holds tokenizer.json.")
     try:
-        tok = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        tok = AutoTokenizer.from_pretrained(
+            str(path), local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:
         raise ConfigError(f"tokenizer={folder} cannot be loaded: {error}") from error
     backend_of(tok)
@@ -144,25 +143,11 @@ def backend_of(tok: PreTrainedTokenizerFast) -> Tokenizer:
     return backend
 
 
-def backend_copies(tok: PreTrainedTokenizerFast) -> tuple[Tokenizer, Tokenizer]:
-    """Return two private copies that add nothing and never truncate or pad, whatever was last asked of `tok`.
-
-    The first knows the added tokens. The second does not: `<|end|>` typed by a user is plain characters to it.
-    """
-    from tokenizers import Tokenizer
-
-    known = _copies.get(tok)
-    if known is None or known[0] != len(tok):
-        spec = json.loads(backend_of(tok).to_str())
-        spec.update(post_processor=None, truncation=None, padding=None)
-        full = Tokenizer.from_str(json.dumps(spec))
-        plain = Tokenizer.from_str(json.dumps(spec | {"added_tokens": []}))
-        known = _copies[tok] = (len(tok), full, plain)
-    return known[1], known[2]
-
-
 def encode_texts(tok: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
     """Encode texts as text: nothing is added, and special tokens spelled out in them stay plain characters."""
-    _, plain = backend_copies(tok)
-    encodings = plain.encode_batch(list(texts), add_special_tokens=False)
-    return [encoding.ids for encoding in encodings]
+    from tokenizers import Tokenizer
+
+    spec = json.loads(backend_of(tok).to_str())
+    spec.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
+    plain = Tokenizer.from_str(json.dumps(spec))
+    return [found.ids for found in plain.encode_batch(list(texts), add_special_tokens=False)]
