@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,15 +20,9 @@ what follows from it. Changes nothing and touches no network.
 OWN = {"format": "text (default) or json"}
 
 _CORE = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "hydra-core", "rich")
-_OPTIONAL = {
-    "accelerate": ("accelerate", "engine=accelerate (not in this version)"),
-    "deepspeed": ("deepspeed", "engine=deepspeed (not in this version)"),
-    "flash-attn": ("flash", "fused attention on NVIDIA GPUs"),
-    "vllm": ("vllm", "sampling with vLLM (not in this version)"),
-    "wandb": ("wandb", "tracking=wandb"),
-    "tensorboard": ("tensorboard", "tracking=tensorboard"),
-}
-"""Package -> (our extra that installs it, what it is for)."""
+_OPTIONAL = ("accelerate", "deepspeed", "flash-attn", "vllm", "wandb", "tensorboard")
+_USES = {"wandb": "tracking=wandb", "tensorboard": "tracking=tensorboard"}
+"""Optional package -> the setting that needs it."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -118,13 +111,9 @@ def _advice() -> list[str]:
         lines.append(
             "Less than 2 GiB of disk are free here: checkpoints may not fit. Set run.dir elsewhere."
         )
-    for package, (extra, purpose) in _OPTIONAL.items():
-        if _version(package) == "not installed" and (
-            package != "flash-attn" or device.type == "cuda"
-        ):
-            lines.append(f'{purpose} needs {package}: pip install "distllm[{extra}]".')
-    if sys.version_info < (3, 11):
-        lines.append("Python 3.11 or newer is needed.")
+    for package, setting in _USES.items():
+        if _version(package) == "not installed":
+            lines.append(f'{setting} needs {package}: pip install "distllm[{package}]".')
     if not os.access(Path.cwd(), os.W_OK):
         lines.append("This directory cannot be written to: set run.dir to one that can.")
     return lines

@@ -1,6 +1,7 @@
 """`distllm pipeline`: stages chained into rounds."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from distllm.cli.arguments import split
 
@@ -37,4 +38,24 @@ def run(arguments: Sequence[str]) -> int:
 
     from distllm.pipeline.run import run_pipeline
 
-    return EXIT_DONE if run_pipeline(config).finished else EXIT_STOPPED
+    result = run_pipeline(config)
+    if not result.finished:
+        return EXIT_STOPPED
+    _print_table(result.table)
+    print(f"Report: {result.report}\nModels: {result.run_dir}/STAGE/model")
+    return EXIT_DONE
+
+
+def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print what each stage reached beside its bar; a missed bar is shown as missed."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("stage", "metric", "before", "after", "bar", "", "note")
+    for row in rows:
+        verdict = {True: "[green]reached[/]", False: "[red]missed[/]", None: ""}[row["ok"]]
+        numbers = ("" if row[k] is None else f"{row[k]:.4g}" for k in ("before", "after"))
+        stage, metric, bar, note = (escape(row[k]) for k in ("stage", "metric", "bar", "note"))
+        table.add_row(stage, metric, *numbers, bar, verdict, note)
+    Console().print(table)
