@@ -18,8 +18,9 @@ from torch import Tensor
 from distllm.data.datasets import PromptExample
 from distllm.data.sampler import Sampler
 from distllm.engines.base import Engine
+from distllm.generation.generate import generate
+from distllm.generation.noise import derive_seed
 from distllm.generation.options import GenerationOptions
-from distllm.generation.sample import generate
 from distllm.optim.constant import Constant
 from distllm.rl.algorithm import Algorithm
 from distllm.rl.objective import TOKEN_FIELDS
@@ -126,7 +127,7 @@ class RolloutSource:
                 self.sampling.options,
                 end_ids=self.sampling.end_ids,
                 pad_id=self.sampling.pad_id,
-                seed=rollout_seed(self.seed, self.num_rollouts),
+                seed=derive_seed(self.seed, self.num_rollouts),
                 prompt_indices=ids,
                 num_samples=self.options.num_samples,
             )
@@ -212,11 +213,6 @@ class RolloutSource:
         self.num_rollouts, self.next_update = state["num_rollouts"], state["next_update"]
         self.algorithm.load_state(state["algorithm"])
         self.rollouts = unpack_rollouts(tensors, state["finish_reasons"])
-
-
-def rollout_seed(seed: int, index: int) -> int:
-    """Return the sampling seed of batch number `index` of rollouts."""
-    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def pack_rollouts(rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
