@@ -157,7 +157,7 @@ def _sections(runs: list[RunData]) -> list[Section]:
         title = tables.stage_title(members[0][2]) + (f" ({repeat})" if repeat > 1 else "")
         anchor = f"s{index}-" + re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
         verdicts = [
-            (run.name, verdict(run, stage)) for _, run, stage in members if stage.name == "pretrain"
+            (run.name, verdict(run, stage)) for _, run, stage in members if stage.kind == "pretrain"
         ]
         sections.append(
             Section(

@@ -32,6 +32,9 @@ class StageData:
     """One stage of one run."""
 
     name: str
+    """What the pipeline calls it."""
+    kind: str
+    """What is learned: pretrain, sft, reward, or the name of an RL algorithm."""
     round: int
     folder: Path
     curves: dict[str, Curve]
@@ -138,6 +141,7 @@ def load_stage(folder: Path, entry: dict[str, Any]) -> StageData:
     round_ = number(entry.get("round", lineage.get("round", 1)))
     return StageData(
         name=str(name),
+        kind=str(result.get("stage") or logged_stage or name),
         round=int(round_) if round_ else 1,
         folder=folder,
         curves=curves,

@@ -91,13 +91,13 @@ def make_panels(members: Sequence[Member], prefix: str, num_runs: int) -> Panels
         plot = draw(series, name=name, width=width, height=height, levels=levels)
         unit = (
             ", nats per token"
-            if key == "loss" and members[0][2].name in ("pretrain", "sft")
+            if key == "loss" and members[0][2].kind in ("pretrain", "sft")
             else ""
         )
         return Panel(title=title_of(key) + unit, plot=plot, legend=legend)
 
     main_key = "rl/reward_mean" if is_rl else "loss"
-    main = panel(main_key, 740, 300)
+    main = panel(main_key, 740 if num_runs == 1 else 1124, 300)
     small = [panel(key, 350, 190) for key in (RL_SMALL if is_rl else SMALL)]
     small = [one for one in small if one is not None][: 6 if is_rl else 3]
     rest = [n for n in names if n not in used and not n.endswith(("_low", "_high"))]
@@ -162,7 +162,7 @@ def _levels(members: Sequence[Member]) -> dict[str, float] | None:
     """Return the baselines of the runs whose pretraining this is, named in short; those of one run if they agree."""
     found: dict[str, float] = {}
     for number, run, stage in members:
-        if stage.name != "pretrain" or stage.round != 1:
+        if stage.kind != "pretrain" or stage.round != 1:
             continue
         for key, value in run.baselines.items():
             name = baseline_name(key).replace("Kneser-Ney ", "KN ")
@@ -196,6 +196,7 @@ def _series(
                     color=color,
                     smooth=not heldout,
                     markers=heldout and len(curve.steps) <= 40,
+                    dashed=heldout and num_runs > 1,
                     low=low.values if low and band else None,
                     high=high.values if high and band else None,
                 )

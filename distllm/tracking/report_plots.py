@@ -39,6 +39,7 @@ class Series:
     """Draw the raw values faintly and a smoothed line over them."""
     markers: bool = False
     """Mark each value: for what is measured now and then."""
+    dashed: bool = False
     low: Sequence[float] | None = None
     """Lower end of an interval at each step, drawn as a band up to `high`."""
     high: Sequence[float] | None = None
@@ -97,7 +98,7 @@ def draw(
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
         figure.text(
             4 / units[0],
-            (bottom - 4) / units[1],
+            (bottom - 5) / units[1],
             "step",
             va="top",
             fontsize=7,
@@ -192,7 +193,8 @@ def _draw_line(axes: Any, series: Series) -> tuple[list[float], list[float]]:
     marker = {"marker": "o", "markersize": 3.2, "markeredgewidth": 0} if series.markers else {}
     if len(values) == 1:
         marker = {"marker": "o", "markersize": 4, "markeredgewidth": 0}
-    axes.plot(*points, color=color, linewidth=1.5, solid_joinstyle="round", **marker)
+    dashes = {"dashes": (4, 2)} if series.dashed else {}
+    axes.plot(*points, color=color, linewidth=1.5, solid_joinstyle="round", **marker, **dashes)
     return points
 
 

@@ -79,14 +79,13 @@ def measurements(stage: StageData, *, parts: bool = False) -> list[tuple[str, Me
         before = _with_interval(metrics, f"before/{name}")
         after = _with_interval(metrics, f"after/{name}")
         plain = _with_interval(metrics, name if name in metrics else f"eval/{name}")
-        rows.append(
-            (name.replace("_", " "), before, next((m for m in (after, plain) if m[0]), plain))
-        )
+        title = NAMES.get(name, name.replace("_", " "))
+        rows.append((title, before, after if after[0] else plain))
     return rows
 
 
 def sample_rows(stage: StageData) -> list[dict[str, Any]]:
-    """Return one row per prompt with the texts before and after the stage, best known first."""
+    """Return one row per prompt with the texts before and after the stage."""
     rows: dict[str, dict[str, Any]] = {}
     for record in stage.samples:
         when = record.get("when")
@@ -167,9 +166,10 @@ def versions(runs: Sequence[RunData]) -> list[tuple[str, str]]:
 
 def stage_title(stage: StageData) -> str:
     """Name a stage for people."""
-    known = {"sft": "SFT", "ppo": "PPO", "grpo": "GRPO", "dpo": "DPO", "reward": "Reward model"}
-    name = known.get(stage.name, stage.name.replace("_", " "))
-    name = name[:1].upper() + name[1:]
+    known = {"sft": "SFT", "ppo": "PPO", "grpo": "GRPO", "dpo": "DPO"}
+    name = "Reward model" if stage.name == "reward" else stage.name
+    words = [known.get(word, word) for word in name.replace("_", " ").split()] or [name]
+    name = " ".join([words[0][:1].upper() + words[0][1:], *words[1:]])
     return f"{name} · round {stage.round}" if stage.round > 1 else name
 
 

@@ -105,7 +105,9 @@ def write_stage(folder: Path, name: str, round_: int, rng: random.Random, skill:
         | {f"after/{k.removeprefix('eval/')}": v for k, v in last.items()},
     }  # fmt: skip
     (folder / "result.json").write_text(json.dumps(result))
-    parent = None if name == "pretrain" else {"dir": "runs/demo/sft/model", "sha256": "9f8e7d6c" * 8}
+    parent = (
+        None if name == "pretrain" else {"dir": "runs/demo/sft/model", "sha256": "9f8e7d6c" * 8}
+    )
     lineage = {
         "stage": name, "round": round_, "parent": parent, "seed": 0,
         "data": {"name": "stdlib" if name == "pretrain" else "skills", "fingerprint": "3c5a" * 16},
@@ -138,7 +140,9 @@ def heldout(name: str, fall: float, loss: float, skill: float) -> dict[str, floa
         "eval/exact_match_high": share + 0.04, "eval/exact_match/copy": min(1, share * 1.6),
         "eval/exact_match/reverse": share * 0.4,
     }  # fmt: skip
-    return found | ({"eval/loss": loss + 0.05} if name == "sft" else {"eval/reward": 1.3 - 1.6 * fall})
+    return found | (
+        {"eval/loss": loss + 0.05} if name == "sft" else {"eval/reward": 1.3 - 1.6 * fall}
+    )
 
 
 def samples(name: str, rng: random.Random) -> list[dict]:
