@@ -16,7 +16,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["distllm", "distllm.*"]), *sorted(conf_packages)],
     package_dir={"distllm.conf": "conf"},
-    package_data={"": ["*.yaml"]},
+    package_data={"": ["*.yaml"], "distllm.tracking": ["page/*"]},
     install_requires=[
         "torch>=2.10",  # older ones have a known unsafe load
         "accelerate>=1.10",

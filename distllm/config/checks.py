@@ -4,6 +4,7 @@ Pure functions that return problems; whoever calls `check` gets all of them in o
 are refused earlier, by `compose.py`; what only the data can tell (lengths, formats) is checked where it is read.
 """
 
+import functools
 import importlib.util
 import math
 import os
@@ -97,8 +98,13 @@ _RULES: dict[Rule, str] = {
     _one_of("token", "sequence"): "stage.aggregation",
     _one_of("keep", "penalise", "mask"): "stage.truncated",
 }  # fmt: skip
-RULES = {key: rule for rule, keys in _RULES.items() for key in keys.split()}
-"""Dotted key -> what its value must fulfil. A key that this run's options do not have is skipped."""
+
+
+@functools.cache
+def rules() -> dict[str, Rule]:
+    """Return dotted key -> what its value must fulfil. A key that this run's options do not have is skipped."""
+    fixed = {key: rule for rule, keys in _RULES.items() for key in keys.split()}
+    return fixed | {"stage.reward": _one_of("auto", *registry.names("reward"))}
 
 
 def field_problems(config: Config) -> list[str]:
@@ -106,13 +112,13 @@ def field_problems(config: Config) -> list[str]:
     problems = []
     defaults = _defaults(config)
     for leaf in leaves(config):
-        rule, value = RULES.get(leaf.key), leaf.value
+        rule, value = rules().get(leaf.key), leaf.value
         if isinstance(value, float) and not math.isfinite(value):
             problems.append(
-                f"{leaf.key}={value} {_type(leaf.key, defaults, 'must be a finite number')}"
+                f"{leaf.key}={value} {_advise(leaf.key, defaults, 'must be a finite number')}"
             )
         elif rule and value is not None and not rule.holds(value):
-            problems.append(f"{leaf.key}={value} {_type(leaf.key, defaults, rule.words)}")
+            problems.append(f"{leaf.key}={value} {_advise(leaf.key, defaults, rule.words)}")
     return problems
 
 
@@ -284,9 +290,10 @@ def _multiples(value: int, unit: int) -> str:
     return f"{below} or {above}" if below else f"{above}"
 
 
-def _type(key: str, defaults: dict[str, Any], rule: str) -> str:
+def _advise(key: str, defaults: dict[str, Any], rule: str) -> str:
     default = defaults.get(key)
-    usable = default is not None and (key not in RULES or RULES[key].holds(default))
+    rule_of_key = rules().get(key)
+    usable = default is not None and (rule_of_key is None or rule_of_key.holds(default))
     return f"{rule}. Set {default}, the default." if usable else f"{rule}."
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from distllm.config.checks import rules
 from distllm.config.compose import compose, known_keys, read_files
 from distllm.config.fields import field_type, meaning, type_words
 from distllm.config.files import CHOOSABLE, GROUPS, conf_dir
@@ -58,7 +59,7 @@ def explain(key: str = "", arguments: Iterable[str] = ()) -> list[Explanation]:
                 value=leaf.value,
                 origin=typed.get(leaf.key) or written.get(leaf.key) or _class_of(leaf.owner),
                 default=_default(leaf.owner, name),
-                type=type_words(field_type(leaf.owner, name)),
+                type=type_words(field_type(leaf.owner, name)) + _rule(leaf.key),
                 meaning=meaning(leaf.owner, name) or (_CHOSEN if chosen else ""),
                 resume="free" if leaf.free else "same",
             )
@@ -94,6 +95,11 @@ def _keys(content: Mapping[Any, Any], prefix: str) -> list[str]:
 
 def _class_of(owner: type) -> str:
     return f"default of {owner.__name__} ({owner.__module__.replace('.', '/')}.py)"
+
+
+def _rule(key: str) -> str:
+    rule = rules().get(key)
+    return f"; {rule.words}" if rule else ""
 
 
 def _default(owner: type, name: str) -> Any:
