@@ -83,24 +83,28 @@ class Builder:
         """Turn response ids into text without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def model(self, head: str, folder: str | None = None, dropout: bool = True) -> Any:
-        """Load the model at `folder` (or `config.model`), or draw a new one, and check that all fits together."""
+    def model(self, head: str, dropout: bool = True) -> Any:
+        """Load `config.model`, or draw a new one, and check that all fits together."""
         config = self.config
-        folder = folder or config.model
-        if folder:
-            model, _ = load_model(folder, head=head, seed=config.run.seed)
+        if config.model:
+            model, _ = load_model(config.model, head=head, seed=config.run.seed)
         else:
             arch = registry.get("arch", config.arch.name)
             model = arch(config.arch, head=head, seed=config.run.seed)
-        check_fits(self.tokenizer, model.options.vocab_size)
-        if config.train.seq_len > model.options.max_seq_len:
-            raise ConfigError(
-                f"train.seq_len={config.train.seq_len} is longer than the model's "
-                f"max_seq_len={model.options.max_seq_len}. Set train.seq_len={model.options.max_seq_len} or less."
-            )
+        self.check_fits(model)
         for block in model.blocks():
             block.dropout = config.arch.dropout if dropout else 0.0
         return model
+
+    def check_fits(self, model: Any) -> None:
+        """Refuse a model that is too small for the tokenizer's ids or for `train.seq_len`."""
+        check_fits(self.tokenizer, model.options.vocab_size)
+        wanted, limit = self.config.train.seq_len, model.options.max_seq_len
+        if wanted > limit:
+            raise ConfigError(
+                f"train.seq_len={wanted} is longer than the model's max_seq_len={limit}. "
+                f"Set train.seq_len={limit} or less."
+            )
 
     def engine(self, role: str, model: Any, *, trained: bool, lr: float = 0.0) -> Engine:
         """Put `model` under the configured engine."""

@@ -12,12 +12,13 @@ from distllm.data.tokenizer import tokenizer_fingerprint
 from distllm.engines.base import Engine
 from distllm.errors import ConfigError
 from distllm.pipeline.build import Builder, Parts
-from distllm.pipeline.supervised import (
+from distllm.pipeline.measure import (
     answer_greedily,
     answer_with,
     heldout_prompts,
     sample_records,
 )
+from distllm.pipeline.supervised import REWARD_HEADS
 from distllm.rl.loop import Learning, RolloutSource, Sampling
 from distllm.rl.scoring import score_logprobs
 from distllm.train.evaluate import exact_match_metrics
@@ -86,7 +87,7 @@ def build(builder: Builder) -> Parts:
             ref = score_logprobs(engines["reference"], *args, config.train.micro_batch_size)
             kl = [(a - b).sum().item() for a, b in zip(now, ref, strict=True)]
             metrics["eval/kl_ref"] = sum(kl) / len(kl)
-        return metrics, sample_records(builder, greedy)
+        return metrics, sample_records(greedy)
 
     return Parts(
         tokenizer=builder.tokenizer,
@@ -112,7 +113,7 @@ def _reward(builder: Builder, join: Any, engines: dict[str, Engine]) -> tuple[An
     if not stage.reward_model:
         raise ConfigError("stage.reward=model needs stage.reward_model=DIR, the directory of a reward model.")
     model, tokenizer = load_model(stage.reward_model)
-    if model.head_name not in ("last", "likelihood"):
+    if model.head_name not in REWARD_HEADS:
         raise ConfigError(
             f"stage.reward_model={stage.reward_model} has the head {model.head_name}; a reward model has last "
             "or likelihood. Train one with stage=reward."

@@ -1,0 +1,54 @@
+"""`distllm evaluate`: measure a saved model on held-out data, without a run directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from distllm.arch.io import load_model
+from distllm.config.schema import Config
+from distllm.engines.hardware import tune_cpu
+from distllm.errors import ConfigError
+from distllm.objectives.reward import Reward, RewardOptions
+from distllm.pipeline.build import Builder
+from distllm.pipeline.measure import measure_dialogues, measure_documents, measure_pairs
+from distllm.pipeline.supervised import REWARD_HEADS
+
+
+def evaluate(config: Config) -> dict[str, Any]:
+    """Measure `config.model` on the held-out split of `config.data`.
+
+    A reward model is measured on pairs; a language model on documents if the data has them, else on dialogues.
+
+    Returns:
+        `model`, `data`, `num_parameters`, and the metrics.
+
+    Raises:
+        ConfigError: the data has nothing that this kind of model can be measured on.
+    """
+    assert config.model is not None
+    tune_cpu(config.hardware)
+    builder = Builder(config, Path(config.model))
+    model, _ = load_model(config.model)
+    builder.check_fits(model)
+    engine = builder.engine("model", model, trained=False)
+    serves = builder.data.serves
+    if model.head_name in REWARD_HEADS:
+        objective = Reward(RewardOptions(head=model.head_name), builder.pad_id, model.join)
+        measure = measure_pairs(builder, engine, objective)
+    elif model.head_name == "lm" and "documents" in serves:
+        measure = measure_documents(builder, engine)
+    elif model.head_name == "lm" and "dialogues" in serves:
+        measure = measure_dialogues(builder, engine)
+    else:
+        raise ConfigError(
+            f"data={config.data.name} serves {', '.join(serves)}; a model with the head {model.head_name} cannot be "
+            "measured on these. A reward model needs pairs, a language model documents or dialogues."
+        )
+    metrics, _ = measure()
+    return {
+        "model": config.model,
+        "data": config.data.name,
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        **{k.removeprefix("eval/"): v for k, v in metrics.items()},
+    }

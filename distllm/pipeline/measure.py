@@ -1,0 +1,154 @@
+"""What is measured on held-out data, by kind of record. Stages and `distllm evaluate` share it.
+
+Each function prepares the data once and returns a callable that measures an engine's model as it is at that moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from distllm import registry
+from distllm.data.datasets import ChatDataset, PairDataset, PromptDataset, text_rows
+from distllm.engines.base import Engine
+from distllm.generation.generate import generate
+from distllm.generation.options import GenerationOptions
+from distllm.objectives.reward import Reward
+from distllm.pipeline.build import Builder
+from distllm.train.evaluate import (
+    Answers,
+    answer,
+    evaluate_loss,
+    exact_match_metrics,
+    pair_margins,
+    preference_metrics,
+)
+
+Measure = Callable[[], tuple[dict[str, Any], list[dict[str, Any]]]]
+"""Returns metrics `eval/...`, and records for samples.jsonl."""
+
+NUM_SAMPLES_SHOWN = 8
+"""Sample texts kept per evaluation."""
+CONTINUATION_TOKENS = 32
+
+
+def measure_documents(builder: Builder, engine: Engine) -> Measure:
+    """Nats per token and bits per byte on held-out text, and how the model continues some of it."""
+    train = builder.config.train
+    rows = text_rows(builder.data, builder.tokenizer, train.seq_len, "heldout")
+    objective = registry.get("objective", "clm")(builder.config.stage, pad_id=builder.pad_id)
+    shown = [rows[i] for i in range(min(len(rows), train.num_eval_samples))]
+    openings = [ids[:12].tolist() for ids in rows.documents()[:4]]
+
+    def measure() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        metrics = evaluate_loss(engine, objective, shown, train.micro_batch_size)
+        metrics["eval/bits_per_byte"] = rows.bits_per_byte(metrics["eval/loss"])
+        return metrics, continuations(builder, engine, openings)
+
+    return measure
+
+
+def measure_dialogues(builder: Builder, engine: Engine) -> Measure:
+    """Nats per assistant token and, where answers can be checked, exact match under greedy decoding."""
+    train = builder.config.train
+    heldout = ChatDataset(builder.data.dialogues("heldout"), builder.tokenizer, train.seq_len)
+    objective = registry.get("objective", "sft")(builder.config.stage, pad_id=builder.pad_id)
+    shown = [heldout[i] for i in range(min(len(heldout), train.num_eval_samples))]
+    prompts = heldout_prompts(builder) if builder.data.checkable else []
+
+    def measure() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        metrics = evaluate_loss(engine, objective, shown, train.micro_batch_size)
+        if not prompts:
+            return metrics, []
+        answers = answer_greedily(builder, engine, prompts)
+        return metrics | exact_match_metrics(answers), sample_records(answers)
+
+    return measure
+
+
+def heldout_pairs(builder: Builder) -> list[Any]:
+    """Encode the held-out pairs that an evaluation judges."""
+    train = builder.config.train
+    pairs = PairDataset(builder.data.pairs("heldout"), builder.tokenizer, train.seq_len)
+    return [pairs[i] for i in range(min(len(pairs), train.num_eval_samples))]
+
+
+def measure_pairs(builder: Builder, engine: Engine, objective: Reward) -> Measure:
+    """Pairwise accuracy with its interval, by kind of pair, and calibration."""
+    pairs = heldout_pairs(builder)
+    size = builder.config.train.micro_batch_size
+
+    def measure() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        metrics = evaluate_loss(engine, objective, pairs, size)
+        margins = pair_margins(engine, objective, pairs, size)
+        return metrics | preference_metrics(margins, pairs), []
+
+    return measure
+
+
+def heldout_prompts(builder: Builder) -> list[Any]:
+    """Encode the held-out prompts that an evaluation answers."""
+    train = builder.config.train
+    prompts = builder.data.prompts("heldout")[: train.num_eval_samples]
+    dataset = PromptDataset(prompts, builder.tokenizer, train.seq_len)
+    return [dataset[i] for i in range(len(dataset))]
+
+
+def answer_greedily(builder: Builder, engine: Engine, prompts: list[Any]) -> Answers:
+    """Answer each prompt with the likeliest tokens."""
+    options = replace(builder.config.generation, temperature=0.0, top_k=0, top_p=1.0)
+    return answer_with(builder, engine, prompts, options)
+
+
+def answer_with(
+    builder: Builder, engine: Engine, prompts: list[Any], options: GenerationOptions
+) -> Answers:
+    """Answer each prompt once under `options`."""
+    return answer(
+        engine,
+        prompts,
+        options,
+        end_ids=builder.end_ids,
+        pad_id=builder.pad_id,
+        decode=builder.decode,
+        seed=builder.config.run.seed,
+    )
+
+
+def sample_records(answers: Answers) -> list[dict[str, Any]]:
+    """Turn the first answers into records for samples.jsonl."""
+    return [
+        {
+            "prompt": p.prompt.messages[-1]["content"],
+            "response": text,
+            "answer": p.prompt.answer,
+            "task": p.prompt.task,
+        }
+        for p, text in list(zip(answers.prompts, answers.texts, strict=True))[:NUM_SAMPLES_SHOWN]
+    ]
+
+
+def continuations(
+    builder: Builder, engine: Engine, openings: list[list[int]]
+) -> list[dict[str, Any]]:
+    """Continue the openings of held-out documents, as records for samples.jsonl."""
+    room = engine.model.options.max_seq_len - CONTINUATION_TOKENS  # type: ignore[union-attr]
+    openings = [ids[:room] for ids in openings if ids[:room]]
+    if not openings:
+        return []
+    with engine.sampling() as model:
+        rollouts = generate(
+            model,  # type: ignore[arg-type]
+            openings,
+            GenerationOptions(max_new_tokens=CONTINUATION_TOKENS, temperature=0.7),
+            end_ids=[builder.tokenizer.eos_token_id],
+            pad_id=builder.pad_id,
+            seed=builder.config.run.seed,
+        )
+    text = partial(builder.tokenizer.decode, skip_special_tokens=True)
+    return [
+        {"prompt": text(ids), "response": text(r.response_ids)}
+        for ids, r in zip(openings, rollouts, strict=True)
+    ]
