@@ -33,7 +33,7 @@ class DataOptions:
     """data=skills: which tasks to generate; empty means all."""
     num_train: int = 8000
     """data=skills: number of training dialogues (and of training pairs)."""
-    num_prompts: int = 32000
+    num_prompts: int = 16000
     """data=skills: number of prompts to practise on with RL; the first `num_train` are those of the dialogues."""
     num_heldout: int = 400
     """data=skills: number of held-out dialogues, pairs and prompts; no prompt occurs twice among them."""

@@ -65,13 +65,16 @@ def render(
         if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
             raise DataError(f"A message needs a role and a content, both strings: {message!r}")
     rendered = _apply(tok, messages, add_generation_prompt)
-    pieces, shown = _skeleton(tok, messages, add_generation_prompt)
-    if sorted(shown) == list(range(len(messages))):
+    shown: list[int] = []
+    for cached in (True, False):  # a template may write the date: what it wrote before may be stale
+        pieces, shown = _skeleton(tok, messages, add_generation_prompt, cached=cached)
+        if sorted(shown) != list(range(len(messages))):
+            continue
         for change in (str, str.strip):  # many templates strip the contents
             spans = [Span(pieces[0], None)]
             for index, own in zip(shown, pieces[1:], strict=True):
                 spans += [Span(change(messages[index]["content"]), index), Span(own, None)]
-            if "".join(span.text for span in spans) == rendered:
+            if "".join([span.text for span in spans]) == rendered:
                 return _split_leads(tok, messages, spans)
     raise DataError(
         f"The chat template does not show every message once and unchanged (it shows {len(shown)} contents for "
@@ -94,7 +97,6 @@ def tokenise(tok: PreTrainedTokenizerFast, spans: Sequence[Span]) -> Tokenised:
     encoding = known.full.encode(text, add_special_tokens=False)
     bounds = _bounds(texts)
     ids = encoding.ids
-    own = [b for b, span in zip(bounds, spans, strict=True) if span.message is None]
     added = [
         i
         for i, token in enumerate(ids)
@@ -102,8 +104,10 @@ def tokenise(tok: PreTrainedTokenizerFast, spans: Sequence[Span]) -> Tokenised:
         # Most often the unknown token is just that; only spelled out it is an added token.
         and (token != known.unknown or text[slice(*encoding.offsets[i])] == tok.unk_token)
     ]
-    if all(any(a <= s and e <= b for a, b in own) for s, e in (encoding.offsets[i] for i in added)):
-        return Tokenised(ids, encoding.offsets, added, bounds)
+    places = encoding.offsets
+    own = [bound for bound, span in zip(bounds, spans, strict=True) if span.message is None]
+    if all(_inside(places[i], own) for i in added):
+        return Tokenised(ids, places, added, bounds)
 
     for span in spans:
         if span.message is not None and any(ord(c) >= _FIRST_STAND_IN for c in span.text):
@@ -151,12 +155,20 @@ def _apply(tok: Any, messages: Sequence[Message], add_generation_prompt: bool) -
 
 
 def _skeleton(
-    tok: Any, messages: Sequence[Message], add_generation_prompt: bool
+    tok: Any, messages: Sequence[Message], add_generation_prompt: bool, *, cached: bool
 ) -> tuple[list[str], list[int]]:
-    """Render with placeholders; return the template's own pieces and the messages whose contents stand between."""
-    marked = [dict(m, content=_PLACEHOLDER.format(i)) for i, m in enumerate(messages)]
-    pieces = _PLACEHOLDERS.split(_apply(tok, marked, add_generation_prompt))
-    return pieces[::2], [int(index) for index in pieces[1::2]]
+    """Render with placeholders; return the template's own pieces and the messages whose contents stand between.
+
+    What comes out depends on everything but the contents, and is kept by that.
+    """
+    rest = [{k: v for k, v in m.items() if k != "content"} for m in messages]
+    key = repr((tok.chat_template, rest, add_generation_prompt))
+    known = _Backends.of(tok).skeletons
+    if not cached or key not in known:
+        marked = [dict(m, content=_PLACEHOLDER.format(i)) for i, m in enumerate(messages)]
+        pieces = _PLACEHOLDERS.split(_apply(tok, marked, add_generation_prompt))
+        known[key] = pieces[::2], [int(index) for index in pieces[1::2]]
+    return known[key]
 
 
 def _split_leads(tok: Any, messages: Sequence[Message], spans: list[Span]) -> list[Span]:
@@ -164,11 +176,8 @@ def _split_leads(tok: Any, messages: Sequence[Message], spans: list[Span]) -> li
 
     A model that is asked to answer sees the text up to there, and has to say the rest itself.
     """
-    known = _Backends.of(tok)
-    if known.prompt_end[0] != tok.chat_template:
-        pieces, _ = _skeleton(tok, [{"role": "user", "content": "."}], True)
-        known.prompt_end = (tok.chat_template, pieces[-1])
-    end = known.prompt_end[1]
+    pieces, _ = _skeleton(tok, [{"role": "user", "content": "."}], True, cached=True)
+    end = pieces[-1]
     found: list[Span] = []
     for span in spans:
         before = found[-1] if found else None
@@ -177,6 +186,10 @@ def _split_leads(tok: Any, messages: Sequence[Message], spans: list[Span]) -> li
             found[-1:] = [Span(end, None), Span(before.text[len(end) :], None, leads=True)]
         found.append(span)
     return found
+
+
+def _inside(place: tuple[int, int], bounds: Sequence[tuple[int, int]]) -> bool:
+    return any(start <= place[0] and place[1] <= end for start, end in bounds)
 
 
 def _bounds(texts: Sequence[str]) -> list[tuple[int, int]]:
@@ -196,8 +209,8 @@ class _Backends:
         from tokenizers import AddedToken, Tokenizer
 
         self.size = len(tok)
-        self.prompt_end: tuple[Any, str] = (None, "")
-        """A chat template, and what it writes after the user's content when an answer is asked for."""
+        self.skeletons: dict[str, tuple[list[str], list[int]]] = {}
+        """What `_skeleton` found, by all it depends on."""
         spec = json.loads(backend_of(tok).to_str())
         spec.update(post_processor=None, truncation=None, padding=None)
         self.full: Tokenizer = Tokenizer.from_str(json.dumps(spec))

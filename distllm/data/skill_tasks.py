@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from random import Random
 
 from distllm.data.stdlib import StdlibText
+from distllm.errors import DataError
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 NUM_WORDS = 600
 """How many of the corpus's most frequent words the word tasks draw from."""
+MIN_CHOICE = 8
+"""Words of a length are used when there are at least this many of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +52,18 @@ def gather(text: StdlibText) -> Material:
     for _, document in text.documents:
         counts.update(document.split())
     plain = (w for w in counts if 3 <= len(w) <= 7 and w.isascii() and w.isalpha() and w.islower())
-    words = sorted(plain, key=lambda w: (-counts[w], w))[:NUM_WORDS]
+    frequent = sorted(plain, key=lambda w: (-counts[w], w))[:NUM_WORDS]
+    by_length = {n: words for n, words in _by_length(frequent).items() if len(words) >= MIN_CHOICE}
+    words = tuple(word for group in by_length.values() for word in group)
+    if not words:
+        raise DataError(
+            f"The documentation of this Python holds too few words to draw tasks from ({len(counts)} different)."
+        )
     names = Counter(name for _, name in text.definitions)
     definitions = tuple((m, n) for m, n in text.definitions if names[n] == 1)
     return Material(
-        tuple(words),
-        _by_length(words),
+        words,
+        by_length,
         definitions,
         _by_length(sorted({module for module, _ in definitions})),
     )
@@ -159,12 +168,19 @@ _Substitute = Callable[[Random, str], str]
 
 def _same_length_word(material: Material) -> _Substitute:
     """Return a function that swaps a word for another with as many letters."""
-    return lambda rng, word: rng.choice([w for w in material.by_length[len(word)] if w != word])
+    return lambda rng, word: _another(rng, material.by_length[len(word)], word)
 
 
 def _other(alphabet: str) -> _Substitute:
     """Return a function that swaps a character for another of the alphabet."""
-    return lambda rng, character: rng.choice([c for c in alphabet if c != character])
+    return lambda rng, character: _another(rng, alphabet, character)
+
+
+def _another(rng: Random, pool: Sequence[str], item: str) -> str:
+    """Draw from `pool`, which holds `item` and more, until it is another."""
+    while (drawn := rng.choice(pool)) == item:
+        pass
+    return drawn
 
 
 def _sequence(
@@ -182,7 +198,7 @@ def _sequence(
 
 def _pick(rng: Random, material: Material, verb: str, place: int) -> Exercise:
     """Ask for one of several words with the same number of letters, so that any other is as long."""
-    pool = material.by_length[rng.choice([n for n, w in material.by_length.items() if len(w) >= 7])]
+    pool = material.by_length[rng.choice(list(material.by_length))]
     words = rng.sample(pool, rng.randint(3, 7))
     answer = words[place]
     return Exercise(verb + " ".join(words), answer, rng.choice([w for w in words if w != answer]))

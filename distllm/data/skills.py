@@ -7,11 +7,12 @@ the side that its hash says, whatever the seed.
 from __future__ import annotations
 
 import functools
+import hashlib
 from random import Random
 
 from distllm.data.options import DataOptions
 from distllm.data.skill_tasks import TASKS, Exercise, Material, gather
-from distllm.data.source import Source, check_fraction, check_split, hash_share
+from distllm.data.source import SPLITS, Source, check_fraction, check_split, hash_share
 from distllm.data.stdlib import read_stdlib
 from distllm.errors import ConfigError
 from distllm.registry import register, unknown_name
@@ -43,7 +44,7 @@ class SkillsSource(Source):
         for name in ("num_train", "num_prompts", "num_heldout"):
             if getattr(options, name) < 1:
                 raise ConfigError(f"data.{name}={getattr(options, name)} must be at least 1.")
-        self._cache: dict[tuple[str, int], list[tuple[str, Exercise]]] = {}
+        self._drawn: dict[str, list[tuple[str, Exercise]]] = {}
 
     def dialogues(self, split: str) -> list[Dialogue]:
         """Return questions with their right answers."""
@@ -66,22 +67,33 @@ class SkillsSource(Source):
             for task, e in self._exercises(split, self.options.num_prompts)
         ]
 
+    def fingerprint(self) -> str:
+        """Hash every exercise once (sha256, hex): dialogues, pairs and prompts are made of the same ones."""
+        digest = hashlib.sha256()
+        most = max(self.options.num_train, self.options.num_prompts)
+        for split in SPLITS:
+            for task, e in self._exercises(split, most):
+                digest.update(f"{split}\t{task}\t{e.question}\t{e.answer}\t{e.wrong}\n".encode())
+        return digest.hexdigest()
+
     def _exercises(self, split: str, num_train: int) -> list[tuple[str, Exercise]]:
         """Draw the exercises of `split`: `num_train` of them, or `num_heldout` different ones."""
         check_split(split)
         count = num_train if split == "train" else self.options.num_heldout
-        if (split, count) not in self._cache:
-            self._cache[split, count] = self._draw(split, count)
-        return self._cache[split, count]
+        drawn = self._drawn.setdefault(split, [])
+        if len(drawn) < count:
+            self._draw(split, count)
+        return drawn[:count]
 
-    def _draw(self, split: str, count: int) -> list[tuple[str, Exercise]]:
+    def _draw(self, split: str, count: int) -> None:
+        """Extend the exercises of `split` to `count`."""
         material = _material()
         held, fraction = split == "heldout", self.options.heldout_fraction
         if held and fraction == 0:
             raise ConfigError("data.heldout_fraction=0 leaves nothing to evaluate on. Set 0.05.")
-        seen: set[str] = set()
-        drawn = []
-        for index in range(count):
+        drawn = self._drawn[split]
+        seen = {exercise.question for _, exercise in drawn}
+        for index in range(len(drawn), count):
             task = self.tasks[index % len(self.tasks)]
             rng = Random(f"{self.seed} {split} {index}")
             for _ in range(MAX_TRIES):
@@ -97,7 +109,6 @@ class SkillsSource(Source):
                 )
             seen.add(exercise.question)
             drawn.append((task, exercise))
-        return drawn
 
 
 @functools.cache

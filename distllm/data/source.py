@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import fields
 
 from distllm.data.options import DataOptions
 from distllm.errors import ConfigError
@@ -116,6 +116,7 @@ def records_fingerprint(records: Iterable[Record]) -> str:
     """Hash records in order (sha256, hex)."""
     digest = hashlib.sha256()
     for record in records:
-        line = json.dumps([type(record).__name__, asdict(record)], sort_keys=True)
+        values = {field.name: getattr(record, field.name) for field in fields(record)}
+        line = json.dumps([type(record).__name__, values], sort_keys=True)
         digest.update(line.encode() + b"\n")
     return digest.hexdigest()

@@ -3,7 +3,8 @@
 Two parts: the topics of `help()` (`pydoc_data.topics`, one document each) and the docstrings of the standard
 library's modules, read with `ast` without importing them (one document a module). Left out: test suites and
 their data, site-packages, the IDLE editor and turtle demos (programs, not documented libraries), `lib2to3`
-(an old copy of tools), bundled pip wheels and the platform's build configuration.
+(an old copy of tools), `encodings` (a hundred generated tables with one docstring, which would put copies of training
+text into the held-out part), bundled pip wheels and the platform's build configuration.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from distllm.registry import register
 from distllm.types import Document
 
 SKIPPED_FOLDERS = {
-    "__pycache__", "dist-packages", "ensurepip", "idle_test", "idlelib", "lib-dynload", "lib2to3",
+    "__pycache__", "dist-packages", "encodings", "ensurepip", "idle_test", "idlelib", "lib-dynload", "lib2to3",
     "pydoc_data", "site-packages", "test", "tests", "turtledemo",
 }  # fmt: skip
 

@@ -179,7 +179,7 @@ def test_prompt_and_answer_make_the_dialogue(any_tok, texts, template):
             ids = ids[: len(ids) - mask[::-1].index(True)]
         if template == "plain":  # its blank line stands between the answer and the end
             said = [i for i, m in enumerate(mask) if m]
-            ids = ids[: said[-2] + 1] + [ids[-1]]
+            ids = [*ids[: said[-2] + 1], ids[-1]]
         assert parts == ids
 
 
@@ -259,7 +259,7 @@ def test_guarded_tokenisation_equals_the_plain_one(any_tok, texts):
 
 def test_refusals_say_what_is_wrong(tok):
     ask, reply = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
-    with pytest.raises(DataError, match="does not end with the assistant.*'content': 'q'"):
+    with pytest.raises(DataError, match=r"does not end with the assistant.*'content': 'q'"):
         encode_dialogue(tok, [ask])
     with pytest.raises(DataError, match="must end with a message"):
         encode_prompt(tok, [ask, reply])

@@ -45,10 +45,7 @@ class BruteForce:
                 self.discounts[length] = [0.5, 1.0, 1.5]
 
     def probability(self, word, context):
-        if not context:
-            lower = 1 / self.vocab_size
-        else:
-            lower = self.probability(word, context[1:])
+        lower = 1 / self.vocab_size if not context else self.probability(word, context[1:])
         length = len(context) + 1
         following = {g[-1]: n for g, n in self.counts[length].items() if g[:-1] == context}
         total = sum(following.values())

@@ -1,5 +1,6 @@
 """Packing against a token-by-token reading of the same documents, and as the bigram counts that a model would see."""
 
+import itertools
 import math
 import random
 from collections import Counter
@@ -44,7 +45,7 @@ def test_rows_read_back_as_the_documents(seq_len):
             assert segments == real + [0] * (seq_len - len(real))
             assert len(real) == seq_len or index == len(rows) - 1
             assert real[0] == 1
-            assert all(b - a in (0, 1) for a, b in zip(real, real[1:], strict=False))
+            assert all(b - a in (0, 1) for a, b in itertools.pairwise(real))
             for position, segment in enumerate(segments):
                 token, label = int(row.input_ids[position]), int(row.labels[position])
                 if segment == 0:
@@ -65,7 +66,7 @@ def test_rows_read_back_as_the_documents(seq_len):
         expected = Counter()
         for document in documents:
             closed = [*document, EOS]
-            expected.update(zip(closed, closed[1:], strict=False))
+            expected.update(itertools.pairwise(closed))
         assert targets == expected
         assert rows.num_targets == sum(expected.values())
         assert rows.num_tokens == len(stream)
