@@ -223,10 +223,10 @@ def _write_files(
     aside: Path, tensors: Mapping[str, Mapping[str, Tensor]], state_text: bytes
 ) -> dict[str, dict[str, Any]]:
     files = {}
-    for stem in sorted(tensors):
+    for stem, group in tensors.items():
         if not SAFE_NAME.fullmatch(stem):
             raise ValueError(f"{stem!r} is not usable as the stem of a file name")
-        data = safetensors.torch.save(_owned(tensors[stem]))
+        data = safetensors.torch.save(_owned(group))
         files[f"{stem}.safetensors"] = _write_one(aside / f"{stem}.safetensors", data)
     files["state.json"] = _write_one(aside / "state.json", state_text)
     return files

@@ -30,9 +30,9 @@ _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 class StopFlag:
     """Turns signals into a flag that the loop reads between steps.
 
-    Use as a context manager around everything up to the exit: leaving it puts the earlier handlers back,
-    and a late copy of the first signal would then kill the process with another exit code. Outside the
-    main thread Python delivers no signals, so there the flag just stays down.
+    Use as a context manager. Leaving it puts the earlier handlers back; after a stop it does so only when
+    the copies of the signal are over, lest one of them spoil the exit code. Outside the main thread
+    Python delivers no signals, so there the flag just stays down.
     """
 
     def __init__(self) -> None:
@@ -53,9 +53,24 @@ class StopFlag:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.requested:
+            for signum in self._before:
+                signal.signal(signum, self._handle_late)
+        else:
+            self._put_back()
+
+    def _put_back(self) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
         self._before.clear()
+
+    def _is_copy(self) -> bool:
+        return time.monotonic() - self._first_s < GRACE_S
+
+    def _handle_late(self, signum: int, _frame: FrameType | None) -> None:
+        if not self._is_copy():
+            self._put_back()
+            os.kill(os.getpid(), signum)
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
         name = signal.Signals(signum).name
@@ -63,7 +78,7 @@ class StopFlag:
             self.signum = signum
             self._first_s = time.monotonic()
             _tell(f"{name}: saving after this step, then stopping. Again after 2 s stops at once.")
-        elif time.monotonic() - self._first_s >= GRACE_S:
+        elif not self._is_copy():
             _tell(f"{name} again: stopping at once.")
             os._exit(128 + signum)
 

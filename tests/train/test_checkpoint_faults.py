@@ -118,33 +118,41 @@ def test_killed_while_replacing_the_only_one(tmp_path):
 
 def test_killed_at_random_moments(tmp_path):
     """Each child goes on from what the killed one left, and checks it first."""
+    ready, tell = os.pipe()
+    folder = tmp_path / "checkpoints"
 
     def keep_saving() -> None:
-        checkpoints = Checkpoints(tmp_path, keep_last=2)
+        checkpoints = Checkpoints(folder, keep_last=2)
         checkpoints.clean()
         found = checkpoints.latest()
         step = found.step if found else 0
         if found and not is_whole(found):
             os._exit(71)
+        os.write(tell, b"x")
         while True:
             step += 1
             checkpoints.save(step, content(step), {"step": step})
 
     moments = random.Random(0)
-    reached = 0
-    phases = set()
-    for _ in range(40):
+    deadline = time.monotonic() + 60
+    reached = rounds = 0
+    debris = set()
+    while rounds < 30 or (reached < 10 and time.monotonic() < deadline):
+        rounds += 1
         pid = start_child(keep_saving)
-        time.sleep(moments.uniform(0.01, 0.06))
+        assert os.read(ready, 1) == b"x"
+        time.sleep(moments.uniform(0, 0.05))
         os.kill(pid, signal.SIGKILL)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-        phases |= {Path(name).suffix for name in os.listdir(tmp_path) if name.startswith(".")}
-        found = Checkpoints(tmp_path).latest()
+        if folder.exists():
+            debris |= {Path(name).suffix for name in os.listdir(folder) if name.startswith(".")}
+        found = Checkpoints(folder).latest()
         if found is not None:
             assert is_whole(found) and found.step >= reached
             reached = found.step
-    assert reached > 10
-    assert ".tmp" in phases, "no kill fell into a write: the moments test nothing"
+    os.close(ready), os.close(tell)
+    assert reached >= 10
+    assert ".tmp" in debris, "no kill fell into a write: the moments test nothing"
 
 
 def test_everything_is_durable_before_its_name_is(tmp_path, monkeypatch):
@@ -180,16 +188,18 @@ def test_everything_is_durable_before_its_name_is(tmp_path, monkeypatch):
     assert calls[calls.index(deleted) + 1] == ("fsync", str(tmp_path))
 
 
-def test_a_new_folder_is_durable_too(tmp_path, monkeypatch):
+def test_a_new_folder_and_a_replaced_file_are_durable_too(tmp_path, monkeypatch):
     synced = []
     real = os.fsync
     monkeypatch.setattr(
         os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), real(fd))[1]
     )
     Checkpoints(tmp_path / "run" / "checkpoints").save(1, {}, {})
-    assert {str(tmp_path), str(tmp_path / "run"), str(tmp_path / "run" / "checkpoints")} <= set(
-        synced
-    )
+    above = {str(tmp_path), str(tmp_path / "run"), str(tmp_path / "run" / "checkpoints")}
+    assert above <= set(synced)
+    synced.clear()
+    files.atomic_write_text(tmp_path / "a.txt", "x")
+    assert synced == [str(tmp_path / ".a.txt.tmp"), str(tmp_path)]
 
 
 @pytest.fixture
@@ -226,6 +236,7 @@ def test_full_disk(small_disk, monkeypatch, preflight):
     assert 2_400_000 < needed < 2_450_000
     free = int(message.split(" free")[0].split()[-1])
     if preflight:
+        assert message.startswith("No room for checkpoint")
         assert free == files.free_bytes(small_disk) < needed
     else:
         assert "No space left on device" in message
@@ -289,6 +300,18 @@ def test_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"step_00000001: (Not a directory|File exists)"):
         Checkpoints(tmp_path / "file" / "checkpoints").save(1, {}, {})
+
+
+def test_saving_over_debris(tmp_path):
+    """The earlier start was killed in a write, and nobody called `clean`."""
+    for suffix in ("tmp", "old", "trash"):
+        (tmp_path / f".step_00000001.{suffix}").mkdir()
+        (tmp_path / f".step_00000001.{suffix}" / "model.safetensors").write_text("half")
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    for step, offset in ((1, 5), (1, 0), (2, 0)):  # write, replace, delete
+        checkpoints.save(step, content(step + offset), {"step": step})
+    assert os.listdir(tmp_path) == ["step_00000002"]
+    assert is_whole(checkpoints.latest())
 
 
 def test_interrupted_save_leaves_nothing(tmp_path, monkeypatch):

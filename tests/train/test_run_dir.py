@@ -121,10 +121,8 @@ def test_a_surviving_child_does_not_hold_it(tmp_path):
     folder = tmp_path / "run"
 
     def fork_and_wait() -> None:
-        child = os.fork()
-        if child == 0:
-            signal.pause()
-        note.write_text(str(child))
+        if os.fork() == 0:
+            note.write_text(str(os.getpid()))
         signal.pause()
 
     with another_process(folder, fork_and_wait) as pid:
@@ -161,6 +159,13 @@ def test_another_host_is_not_judged(tmp_path):
     assert "process 4242 on elsewhere" in str(caught.value)
     assert f"delete {tmp_path / '.lock'}" in str(caught.value)
     assert json.loads((tmp_path / ".lock").read_text())["host"] == "elsewhere"
+
+
+def test_a_live_lock_whose_file_was_emptied(tmp_path):
+    with another_process(tmp_path):
+        (tmp_path / ".lock").write_text("")
+        with pytest.raises(EngineError, match="in use by another process"), RunDir(tmp_path).lock():
+            pass
 
 
 def test_disk_without_kernel_locks(tmp_path, monkeypatch):
