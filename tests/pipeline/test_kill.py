@@ -1,0 +1,116 @@
+"""kill -9 at any moment costs time and nothing else: same weights, same metrics as an undisturbed run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from distllm.testing.stages import TINY, timeless_metrics, weights_hash
+
+SMOKE = [
+    "pipeline=smoke",
+    "arch.d_model=32",
+    "arch.n_layers=2",
+    "arch.d_ff=64",
+    "hardware.threads=1",
+    "train.precision=fp32",
+]
+TRAINED = ["pretrain", "sft", "reward", "ppo", "grpo"]
+
+
+def start(verb, settings, folder, **environment):
+    """Start the program in a process group of its own."""
+    command = [sys.executable, "-m", "distllm", verb, *settings, f"run.dir={folder}"]
+    return subprocess.Popen(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process):
+    """Wait for a process that must succeed."""
+    output, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, output[-3000:]
+
+
+def kill_when(process, condition, timeout_s=120):
+    """Kill the whole group as soon as `condition` holds; fail if the process ends before."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert time.monotonic() < deadline, "the moment to kill never came"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+
+
+def has_step(folder, step):
+    """True once metrics.jsonl of `folder` has a line of a training step at least `step`."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return False
+    lines = path.read_text().splitlines()
+    for line in lines:
+        try:
+            if json.loads(line)["step"] >= step:
+                return True
+        except ValueError:
+            pass  # a line being written
+    return False
+
+
+@pytest.mark.parametrize(
+    "phase",
+    ["mid_write", *(pytest.param(p, marks=pytest.mark.slow) for p in ("before_rename", "after_rename"))],
+)
+def test_a_kill_inside_a_checkpoint_write_changes_nothing(tmp_path, parent, phase):
+    settings = [
+        *TINY,
+        "stage=sft",
+        "data=skills",
+        "data.tasks=[copy_words]",
+        "data.num_train=32",
+        "data.num_heldout=8",
+        "generation.max_new_tokens=4",
+        f"model={parent}",
+        "train.max_steps=6",
+        "train.save_every_steps=2",
+        "train.log_every_steps=1",
+        "arch.dropout=0.1",
+    ]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    finish(start("train", settings, whole))
+    killed = start("train", settings, parts, DISTLLM_TEST_FAULT=f"checkpoint:{phase}")
+    killed.communicate(timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    finish(start("train", settings, parts))
+    assert weights_hash(whole) == weights_hash(parts)
+    assert timeless_metrics(whole) == timeless_metrics(parts)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_pipeline_killed_in_every_stage_ends_like_an_undisturbed_one(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    finish(start("pipeline", SMOKE, whole))
+    for stage in TRAINED:
+        process = start("pipeline", SMOKE, parts)
+        kill_when(process, lambda stage=stage: has_step(parts / stage, 4))
+        assert not (parts / "pipeline.json").exists()
+    process = start("pipeline", SMOKE, parts)  # and between two stages, on a run that has none left
+    kill_when(process, lambda: (parts / "grpo" / "result.json").exists())
+    finish(start("pipeline", SMOKE, parts))
+    for stage in TRAINED:
+        assert weights_hash(whole / stage) == weights_hash(parts / stage), stage
+        assert timeless_metrics(whole / stage) == timeless_metrics(parts / stage), stage
+    tables = [json.loads((r / "pipeline.json").read_text())["table"] for r in (whole, parts)]
+    assert tables[0] == tables[1]
