@@ -4,11 +4,13 @@ Hydra composes the files; single settings are then applied one by one, so that e
 Only Hydra's compose API is used: no working directory is changed and nothing is written.
 """
 
+import copy
 import functools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -45,7 +47,10 @@ def compose(
     unknown = {g: o for g, o in choices.items() if o not in options_in(g)}
     problems = [unknown_name(g, o, options_in(g)) for g, o in unknown.items()]
     # Settings of a group whose option is unknown cannot be judged; the others can.
-    composed = _compose_files({g: o for g, o in choices.items() if g not in unknown})
+    composed = _compose_files(
+        conf_dir(), tuple((g, o) for g, o in choices.items() if g not in unknown)
+    )
+    composed = copy.deepcopy(composed)
     judged = [o for o in settings if o.key.partition(".")[0] not in unknown]
     problems += _apply(composed, judged, also_known)
     raise_all(problems)
@@ -73,9 +78,8 @@ def read_files(choices: Mapping[str, str]) -> list[tuple[str, str]]:
     """Return (file below conf/, package) in the order in which their values are laid over each other."""
     with _hydra():
         loader = GlobalHydra.instance().config_loader()
-        plan = loader.compute_defaults_list(
-            "config", _hydra_choices(choices), hydra.types.RunMode.RUN
-        )
+        chosen = [f"{group}={option}" for group, option in choices.items()]
+        plan = loader.compute_defaults_list("config", chosen, hydra.types.RunMode.RUN)
     return [
         (d.config_path, d.package or "")
         for d in plan.defaults
@@ -83,13 +87,17 @@ def read_files(choices: Mapping[str, str]) -> list[tuple[str, str]]:
     ]
 
 
-def _compose_files(choices: Mapping[str, str]) -> DictConfig:
+@functools.cache
+def _compose_files(folder: Path, choices: tuple[tuple[str, str], ...]) -> DictConfig:
+    """Lay the files of the chosen options over each other; a pipeline asks for the same ones again and again."""
+    chosen = [f"{group}={option}" for group, option in choices]
     try:
         with _hydra():
-            composed = hydra.compose("config", _hydra_choices(choices))
+            composed = hydra.compose("config", chosen)
     except (HydraException, OmegaConfBaseException) as error:
-        chosen = " ".join(f"{g}={o}" for g, o in choices.items())
-        raise ConfigError(f"The files in {conf_dir()} do not compose ({chosen}): {error}") from None
+        raise ConfigError(
+            f"The files in {folder} do not compose ({' '.join(chosen)}): {error}"
+        ) from None
     OmegaConf.set_struct(
         composed, False
     )  # dataclass nodes stay strict; maps of names to values open up
@@ -153,21 +161,17 @@ def _to_dataclass(composed: DictConfig) -> Config:
     return config
 
 
-def _hydra_choices(choices: Mapping[str, str]) -> list[str]:
-    return [f"{group}={option}" for group, option in choices.items()]
-
-
 @contextmanager
 def _hydra() -> Iterator[None]:
     """Lend Hydra's one global state for a composition; a program around us that uses Hydra gets its own back."""
     _store_schemas()
-    shared = GlobalHydra.instance()
-    outer, shared.hydra = shared.hydra, None
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
             yield
     finally:
-        shared.hydra = outer
+        GlobalHydra.instance().hydra = outer  # Hydra has put another instance there meanwhile
 
 
 @functools.cache

@@ -38,6 +38,12 @@ def is_text(hint: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, str)
 
 
+def enum_of(hint: Any) -> type[Enum] | None:
+    """Return the enumeration that the value is a member of, if it is one."""
+    kind = bare(hint)
+    return kind if isinstance(kind, type) and issubclass(kind, Enum) else None
+
+
 def is_mapping(hint: Any) -> bool:
     """True where the value maps names to values."""
     return typing.get_origin(bare(hint)) is dict
@@ -49,8 +55,8 @@ def type_words(hint: Any) -> str:
     simple = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
     if kind in simple:
         words = simple[kind]
-    elif isinstance(kind, type) and issubclass(kind, Enum):
-        words = f"one of {', '.join(str(m.value) for m in kind)}"
+    elif choices := enum_of(hint):
+        words = f"one of {', '.join(str(m.value) for m in choices)}"
     elif typing.get_origin(kind) is list:
         words = f"a list ([a,b]) of which each item is {type_words(typing.get_args(kind)[0])}"
     elif typing.get_origin(kind) is dict:

@@ -12,7 +12,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from distllm.config.fields import is_text, type_words
+from distllm.config.fields import enum_of, is_text, type_words
 from distllm.errors import ConfigError
 
 # Words of other frameworks -> ours, for suggestions only.
@@ -98,6 +98,8 @@ def value_of(override: Override, hint: Any, example: Any) -> Any:
         ConfigError: it cannot be read, or names several values; `example` is shown.
     """
     text = override.text
+    if (choices := enum_of(hint)) and text in [m.value for m in choices]:
+        return choices(text)  # OmegaConf would look for the member's name
     quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "'\""
     if is_text(hint) and not quoted:
         return None if text == "null" else text
