@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from distllm.cli.arguments import split
-from distllm.errors import ConfigError, UserError
+from distllm.errors import ConfigError
 from distllm.registry import unknown_name
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def run(arguments: Sequence[str]) -> int:
     check_split(side)
     config = compose(given.overrides, also_known=OWN)
     source = open_source(config.data, config.run.seed)
-    kinds = _kinds(source)
+    kinds = source.serves
     tokenizer = _tokenizer(config, source, kinds)
     print(f"data={config.data.name}, fingerprint {source.fingerprint()[:16]}")
     if view == "stats":
@@ -57,20 +57,6 @@ def run(arguments: Sequence[str]) -> int:
         for record in getattr(source, kind)(side)[:count]:
             print(_show(record, tokenizer))
     return 0
-
-
-def _kinds(source: "Source") -> list[str]:
-    """List the kinds of record that the source really holds: for files, only their columns tell."""
-    found, first_error = [], None
-    for kind in source.serves:
-        try:
-            getattr(source, kind)("train")
-            found.append(kind)
-        except UserError as error:
-            first_error = first_error or error
-    if not found and first_error:
-        raise first_error
-    return found
 
 
 def _tokenizer(config: Any, source: "Source", kinds: Sequence[str]) -> Any:

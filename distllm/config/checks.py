@@ -221,7 +221,9 @@ def _rl_problems(config: Config) -> list[str]:
 def data_problems(config: Config) -> list[str]:
     """Check that the data source has what the stage learns from, as far as its class tells."""
     kind = RECORDS.get(config.stage.name, "prompts")
-    sources = {n: getattr(registry.get("data", n), "serves", ()) for n in registry.names("data")}
+    sources = {name: registry.get("data", name).serves for name in registry.names("data")}
+    # Where the records decide (files), the class has a property, which tells nothing yet.
+    sources = {name: kinds if isinstance(kinds, tuple) else () for name, kinds in sources.items()}
     serves = sources[config.data.name]
     if not serves or kind in serves:
         return []

@@ -189,17 +189,18 @@ def _memory(
         held = min(held, one_block + inputs)
     memory["activations of a micro-batch"] = held
     # The loss works on chunks of logits and keeps the gradient of the output matrix in fp32.
-    memory["loss"] = _LOGITS_CHUNK_BYTES + 4 * options.vocab_size * options.d_model
+    all_logits = rows * seq_len * options.vocab_size * 4
+    memory["loss"] = min(LOGITS_CHUNK_BYTES, all_logits) + 4 * options.vocab_size * options.d_model
     if config.stage.name not in SUPERVISED:
         sampled = config.stage.rollout_batch_size or config.train.global_batch_size
         length = min(options.max_seq_len, seq_len + config.generation.max_new_tokens)
         memory["key/value cache"] = cache_bytes(models["policy"], sampled, length, dtype)
     memory["total"] = sum(memory.values())
-    memory["not held: full logits"] = rows * seq_len * options.vocab_size * 4
+    memory["not held: full logits"] = all_logits
     return memory
 
 
-_LOGITS_CHUNK_BYTES = 3 * 16 * 2**20
+LOGITS_CHUNK_BYTES = 3 * 16 * 2**20
 """A chunk of logits in `layers/cross_entropy.py`, its copy in fp32, and slack for the softmax."""
 
 
