@@ -36,6 +36,8 @@ def build(builder: Builder) -> Parts:
         pad_id=builder.pad_id,
         temperature=config.generation.temperature,
         batch_size=config.train.micro_batch_size,
+        on_policy=stage.num_epochs == 1
+        and stage.rollout_batch_size in (0, config.train.global_batch_size),
     )
     engines: dict[str, Engine] = {"policy": policy}
     if algorithm.needs_reference:

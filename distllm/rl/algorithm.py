@@ -25,11 +25,29 @@ class Algorithm(ABC):
     trains_value = False
 
     def __init__(
-        self, options: Any, *, join: Join, pad_id: int, temperature: float, batch_size: int
+        self,
+        options: Any,
+        *,
+        join: Join,
+        pad_id: int,
+        temperature: float,
+        batch_size: int,
+        on_policy: bool = False,
     ) -> None:
+        """Set up the policy's objective.
+
+        Args:
+            options: the stage's settings.
+            join: lays prompts and responses out as the model's inputs.
+            pad_id: fills rectangles; masked.
+            temperature: of the sampling distribution, and so of every log-probability.
+            batch_size: rollouts per no-gradient forward.
+            on_policy: each batch of rollouts is used for one update only. Then the policy at the update is the one that
+                sampled, and its log-probabilities need not be computed twice.
+        """
         self.options = options
         self.join, self.pad_id, self.temperature = join, pad_id, temperature
-        self.batch_size = batch_size
+        self.batch_size, self.on_policy = batch_size, on_policy
         self.policy = PolicyObjective(options, join, pad_id, temperature, self.kl_in_loss)
 
     def objectives(self) -> dict[str, Objective]:
@@ -48,17 +66,20 @@ class Algorithm(ABC):
         """Fill in what the objectives need; return metrics. Runs once per batch of rollouts, without gradient."""
 
     def score(self, rollouts: Sequence[Rollout], engines: Mapping[str, Engine]) -> dict[str, float]:
-        """Fill in `old_logprobs` (in eval mode) and, with a reference, `ref_logprobs`; return KL metrics."""
+        """Fill in `old_logprobs` (in eval mode) where needed and, with a reference, `ref_logprobs`; steer the KL."""
         args = (rollouts, self.join, self.pad_id, self.temperature, self.batch_size)
-        for rollout, old in zip(rollouts, score_logprobs(engines["policy"], *args), strict=True):
-            rollout.old_logprobs = old
+        kl_in_reward = "reference" in engines and not self.kl_in_loss
+        if not self.on_policy or kl_in_reward or self.options.target_kl:
+            for rollout, old in zip(rollouts, score_logprobs(engines["policy"], *args), strict=True):
+                rollout.old_logprobs = old
         if "reference" not in engines:
             return {}
         for rollout, ref in zip(rollouts, score_logprobs(engines["reference"], *args), strict=True):
             rollout.ref_logprobs = ref
-        kl = torch.stack([self.token_kl(r, "k1").sum() for r in rollouts]).mean().item()
-        metrics = {"rl/kl_ref": kl, "rl/kl_coef": self.policy.kl_coef}
-        self._steer(kl, len(rollouts))
+        metrics = {"rl/kl_coef": self.policy.kl_coef}
+        if self.options.target_kl:
+            kl = torch.stack([self.token_kl(r, "k1").sum() for r in rollouts]).mean().item()
+            self._steer(kl, len(rollouts))
         return metrics
 
     def token_kl(self, rollout: Rollout, kind: str | None = None) -> torch.Tensor:
@@ -70,9 +91,8 @@ class Algorithm(ABC):
 
     def _steer(self, kl: float, num_responses: int) -> None:
         """Move the coefficient towards the target (Ziegler et al. 2019, arXiv 1909.08593, section 2.2)."""
-        if self.options.target_kl:
-            error = min(0.2, max(-0.2, kl / self.options.target_kl - 1))
-            self.policy.kl_coef *= 1 + error * num_responses / self.options.kl_horizon
+        error = min(0.2, max(-0.2, kl / self.options.target_kl - 1))
+        self.policy.kl_coef *= 1 + error * num_responses / self.options.kl_horizon
 
     def state(self) -> dict[str, Any]:
         """Return what resumes, as JSON."""

@@ -26,9 +26,9 @@ from distllm.rl.algorithm import Algorithm
 from distllm.rl.objective import TOKEN_FIELDS
 from distllm.rl.options import RLOptions
 from distllm.rl.scoring import summarise
+from distllm.train.ledger import Ledger
 from distllm.train.loop import Work
 from distllm.train.options import TrainOptions
-from distllm.train.source import Ledger
 from distllm.types import Prompt, Rollout
 
 

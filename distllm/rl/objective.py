@@ -105,6 +105,9 @@ class PolicyObjective:
                 "rl/entropy": ((entropy * mask).sum().double(), count),
                 "rl/approx_kl": ((kl_estimate(logprobs, old, "k3") * mask).sum().double(), count),
             }
+            if batch.ref_logprobs is not None:
+                kl = (kl_estimate(logprobs, batch.ref_logprobs, "k1") * mask).sum().double()
+                metrics["rl/kl_ref"] = (kl, mask.any(dim=1).sum().double())
             if batch.rollout_logprobs is not None:
                 gap = (old - batch.rollout_logprobs).abs() * mask
                 metrics["rl/sampler_mismatch"] = (gap.sum().double(), count)

@@ -15,6 +15,7 @@ from torch import Tensor
 from distllm.engines.base import Engine
 from distllm.errors import EngineError
 from distllm.optim.constant import Constant
+from distllm.train.ledger import Ledger
 from distllm.train.meters import Meters
 from distllm.train.options import TrainOptions
 from distllm.train.step import StepResult, optimizer_step, sample_ids
@@ -35,6 +36,9 @@ class Work:
 
 class Source(Protocol):
     """Hands out the work of each step. In RL this is where responses are sampled and scored."""
+
+    ledger: Ledger
+    """Which samples have been handed out."""
 
     def next(self, step: int) -> tuple[list[Work], dict[str, float]]:
         """Return the work of 0-based `step` and metrics of how it was made."""

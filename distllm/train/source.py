@@ -2,45 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from distllm.data.sampler import Sampler
 from distllm.engines.base import Engine
 from distllm.optim.constant import Constant
+from distllm.train.ledger import Ledger
 from distllm.train.loop import Work
 from distllm.train.options import TrainOptions
 from distllm.types import Objective
-
-
-@dataclass(slots=True)
-class Ledger:
-    """Which samples have been consumed: how many, and a rolling hash of their ids in order."""
-
-    position: int = 0
-    digest: str = ""
-
-    def take(self, sampler: Sampler, count: int) -> list[int]:
-        """Return the next `count` sample ids and enter them into the ledger."""
-        ids = sampler.indices(self.position, count)
-        self.position += count
-        self.digest = hashlib.sha256(
-            self.digest.encode() + np.asarray(ids, dtype="<i8").tobytes()
-        ).hexdigest()
-        return ids
-
-    def state(self) -> dict[str, Any]:
-        """Return the ledger as JSON."""
-        return {"position": self.position, "digest": self.digest}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what `state` returned."""
-        self.position, self.digest = state["position"], state["digest"]
 
 
 class SampleSource:

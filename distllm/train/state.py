@@ -37,6 +37,7 @@ class RunState:
         state = {
             "step": loop.step,
             "num_skipped": loop.num_skipped,
+            "data_position": loop.source.ledger.state(),
             "source": source_state,
             "meters": loop.meters.state(),
             "tracker": self.tracker_state(),

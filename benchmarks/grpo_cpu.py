@@ -1,0 +1,312 @@
+"""Seconds per GRPO step: distllm against TRL's GRPOTrainer, same model, prompts, reward and dtype, on a CPU.
+
+Model: 4 layers, d_model 256, 4 heads with 2 key/value heads, d_ff 704, vocabulary 4,096, random weights, which hardly
+ever sample an end token: responses have their full 64 tokens, so both sides do the same work. A step samples
+32 responses (4 prompts x 8), scores them with one function, and makes one AdamW update.
+
+Both run in one process, one after another in interleaved rounds, with the same number of threads and the same allocator
+thresholds (which help the peer too). The peer's settings were tried one by one (`--tune` repeats that); the fastest is
+used: no gradient checkpointing (its default costs time), no KL term (its default), fused AdamW (its default).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRL_EXPERIMENTAL_SILENCE"):
+    os.environ.setdefault(name, "1")
+os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
+
+import torch
+
+from distllm.arch.decoder import Decoder, DecoderOptions
+from distllm.arch.io import load_model, save_model
+from distllm.data.chat import end_ids
+from distllm.data.datasets import PromptDataset
+from distllm.data.options import DataOptions
+from distllm.data.source import open_source
+from distllm.data.tokenizer import train_tokenizer
+from distllm.engines.base import build_engine
+from distllm.engines.hardware import tune_cpu
+from distllm.engines.options import EngineOptions, HardwareOptions
+from distllm.generation.options import GenerationOptions
+from distllm.optim.constant import Constant
+from distllm.optim.options import AdamWOptions, ScheduleOptions
+from distllm.rl.algorithms.grpo import GRPO, GRPOOptions
+from distllm.rl.loop import Learning, RolloutSource, Sampling
+from distllm.train.options import TrainOptions
+from distllm.train.step import optimizer_step
+
+NUM_PROMPTS, GROUP, MAX_NEW_TOKENS = 4, 8, 64
+RESPONSES = NUM_PROMPTS * GROUP
+SHAPE = DecoderOptions(
+    vocab_size=4096, d_model=256, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=704, max_seq_len=256
+)
+
+
+def reward(texts: list[str]) -> list[float]:
+    """Score a text by its share of the letter e: cheap, and spread out."""
+    return [text.count("e") / max(1, len(text)) for text in texts]
+
+
+class EReward:
+    """`reward` in distllm's form."""
+
+    def score(self, prompts: Any, rollouts: Any, texts: list[str]) -> list[float]:
+        """Score each text."""
+        return reward(texts)
+
+
+class Ours:
+    """distllm's GRPO through the same engine, source and step as `distllm train stage=grpo`."""
+
+    def __init__(self, folder: Path, tokenizer: Any, precision: str, threads: int) -> None:
+        source = open_source(DataOptions(name="skills", num_prompts=256), 0)
+        prompts = PromptDataset(source.prompts("train"), tokenizer, 128)
+        model, _ = load_model(folder)
+        engine = build_engine(
+            "policy",
+            model,
+            options=EngineOptions(),
+            hardware=HardwareOptions(device="cpu", threads=threads),
+            precision=precision,
+            optim=AdamWOptions(lr=1e-6),
+        )
+        algorithm = GRPO(
+            GRPOOptions(num_samples=GROUP),
+            join=model.join,
+            pad_id=tokenizer.pad_token_id,
+            temperature=1.0,
+            batch_size=RESPONSES,
+            on_policy=True,
+        )
+        train = TrainOptions(global_batch_size=RESPONSES, micro_batch_size=RESPONSES)
+        self.source = RolloutSource(
+            prompts,
+            {"policy": engine},
+            algorithm,
+            EReward(),
+            Sampling(
+                options=GenerationOptions(max_new_tokens=MAX_NEW_TOKENS),
+                end_ids=end_ids(tokenizer),
+                pad_id=tokenizer.pad_token_id,
+                decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+            ),
+            Learning(
+                lr={"policy": 1e-6}, schedule=Constant(ScheduleOptions(), 10**6), options=train
+            ),
+            0,
+        )
+        self.step = 0
+        self.lengths: list[float] = []
+        self.phases: dict[str, list[float]] = {}
+
+    def run(self, steps: int) -> list[float]:
+        """Run `steps` steps; return the seconds of each."""
+        seconds = []
+        for _ in range(steps):
+            start = time.perf_counter()
+            work, metrics = self.source.next(self.step)
+            for part in work:
+                optimizer_step(part.engine, part.objective, part.micro_batches, part.lr)
+            seconds.append(time.perf_counter() - start)
+            self.step += 1
+            self.lengths.append(metrics["rl/response_length"])
+            spent = {k: v for k, v in metrics.items() if k.startswith("time/")}
+            spent["time/update_s"] = seconds[-1] - sum(spent.values())
+            for key, value in spent.items():
+                self.phases.setdefault(key, []).append(value)
+        return seconds
+
+
+class Peer:
+    """TRL's GRPOTrainer."""
+
+    def __init__(self, folder: Path, tokenizer: Any, precision: str, **settings: Any) -> None:
+        from datasets import Dataset
+        from transformers import AutoModelForCausalLM
+        from trl import GRPOConfig, GRPOTrainer
+
+        self.folder, self.tokenizer = folder, tokenizer
+        source = open_source(DataOptions(name="skills", num_prompts=256), 0)
+        self.prompts = Dataset.from_list([{"prompt": p.messages} for p in source.prompts("train")])
+        self.settings = {
+            "gradient_checkpointing": False,
+            "bf16": precision == "bf16",
+            **settings,
+        }
+        self.dtype = self.settings.pop("weights", torch.float32)
+        self._classes = AutoModelForCausalLM, GRPOConfig, GRPOTrainer
+        self.lengths: list[float] = []
+
+    def run(self, steps: int, warm_up: int = 1) -> list[float]:
+        """Train anew for `warm_up + steps` steps; return the seconds of the last `steps`."""
+        from transformers import TrainerCallback
+
+        auto, config_class, trainer_class = self._classes
+        ends: list[float] = []
+
+        class Clock(TrainerCallback):
+            def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+                ends.append(time.perf_counter())
+
+        def score(completions: Any, **kwargs: Any) -> list[float]:
+            return reward([c[0]["content"] for c in completions])
+
+        with tempfile.TemporaryDirectory() as output:
+            config = config_class(
+                output_dir=output,
+                max_steps=steps + warm_up,
+                per_device_train_batch_size=RESPONSES,
+                num_generations=GROUP,
+                max_completion_length=MAX_NEW_TOKENS,
+                learning_rate=1e-6,
+                temperature=1.0,
+                use_cpu=True,
+                report_to=[],
+                save_strategy="no",
+                logging_strategy="no",
+                disable_tqdm=True,
+                dataloader_num_workers=0,
+                **self.settings,
+            )
+            model = auto.from_pretrained(self.folder, dtype=self.dtype)
+            trainer = trainer_class(
+                model=model,
+                reward_funcs=score,
+                args=config,
+                train_dataset=self.prompts,
+                processing_class=self.tokenizer,
+                callbacks=[Clock()],
+            )
+            trainer.train()
+        return [b - a for a, b in zip(ends, ends[1:], strict=False)][-steps:]
+
+
+def ceiling(precision: str) -> float:
+    """Return the seconds that the step's bare matrix products take: decoding, one forward, two backwards."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    d, kv = SHAPE.d_model, SHAPE.d_model // 2
+    layer = [(d, d), (d, kv), (d, kv), (d, d), (d, SHAPE.d_ff), (d, SHAPE.d_ff), (SHAPE.d_ff, d)]
+    weights = [torch.randn(o, i, dtype=dtype) for i, o in layer * SHAPE.n_layers]
+    weights.append(torch.randn(SHAPE.vocab_size, d, dtype=dtype))
+
+    def products(rows: int, factor: int) -> float:
+        inputs = {w.shape[1]: torch.randn(rows, w.shape[1], dtype=dtype) for w in weights}
+        runs = []
+        for _ in range(5):
+            start = time.perf_counter()
+            for weight in weights:
+                torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+            runs.append(time.perf_counter() - start)
+        return factor * statistics.median(runs)
+
+    return products(RESPONSES, MAX_NEW_TOKENS) + products(RESPONSES * (MAX_NEW_TOKENS + 20), 3)
+
+
+def describe(seconds: list[float]) -> str:
+    """Word a list of timings."""
+    return (
+        f"median {statistics.median(seconds):.3f} s a step, "
+        f"{min(seconds):.3f} to {max(seconds):.3f} (n {len(seconds)})"
+    )
+
+
+def tune(folder: Path, tokenizer: Any) -> list[dict[str, Any]]:
+    """Time the peer under each setting that could make it faster."""
+    tried = [
+        ("defaults", {"gradient_checkpointing": True}),
+        ("no gradient checkpointing", {}),
+        ("static cache", {"cache_implementation": "static"}),
+        ("bf16 weights", {"weights": torch.bfloat16}),
+    ]
+    found = []
+    for label, settings in tried:
+        try:
+            seconds = Peer(folder, tokenizer, "bf16", **settings).run(3)
+        except Exception as error:  # a setting the peer refuses is a result too
+            found.append({"setting": label, "error": str(error)[:200]})
+            continue
+        found.append({"setting": label, "seconds": round(statistics.median(seconds), 4)})
+        print(f"  peer, {label}: {describe(seconds)}", flush=True)
+    return found
+
+
+def main() -> None:
+    """Measure and print; the last line is JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3, help="steps per round and side")
+    parser.add_argument("--tune", action="store_true", help="time the peer's settings first")
+    parser.add_argument("--quick", action="store_true", help="one short round: shows that it runs")
+    arguments = parser.parse_args()
+    rounds, steps = (1, 1) if arguments.quick else (arguments.rounds, arguments.steps)
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+
+    hardware = HardwareOptions(device="cpu")
+    threads = tune_cpu(hardware)
+    from harness import headline, machine
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "model"
+        texts = [d.text for d in open_source(DataOptions(name="stdlib"), 0).documents("train")]
+        tokenizer = train_tokenizer(texts, SHAPE.vocab_size)
+        save_model(Decoder(SHAPE), tokenizer, folder, end_ids=end_ids(tokenizer))
+        tried = tune(folder, tokenizer) if arguments.tune else []
+
+        cells: dict[str, dict[str, Any]] = {}
+        for precision in ("fp32", "bf16"):
+            ours, peer = Ours(folder, tokenizer, precision, threads), Peer(folder, tokenizer, precision)
+            ours.run(2)
+            mine: list[float] = []
+            theirs: list[float] = []
+            for _ in range(rounds):
+                mine += ours.run(steps)
+                theirs += peer.run(steps)
+            ratio = statistics.median(theirs) / statistics.median(mine)
+            least = ceiling(precision)
+            print(f"{precision}, responses of {statistics.mean(ours.lengths):.1f} tokens")
+            print(f"  distllm  {describe(mine)}")
+            for key, values in ours.phases.items():
+                print(f"           {key.removeprefix('time/')} {statistics.median(values):.3f}")
+            print(f"  TRL      {describe(theirs)}")
+            print(f"  ratio    {ratio:.2f}; the bare matrix products take {least:.3f} s, "
+                  f"so at most {statistics.median(theirs) / least:.2f}", flush=True)
+            cells[precision] = {
+                "ours_s": mine, "peer_s": theirs, "ratio": ratio, "ceiling_s": least,
+            }
+
+    best = cells["bf16"]
+    print(
+        json.dumps(
+            headline(
+                name="grpo_cpu",
+                ours=statistics.median(best["ours_s"]),
+                peer=statistics.median(best["peer_s"]),
+                ratio=best["ratio"],
+                unit="s/step, bf16, against trl GRPOTrainer",
+                runs=len(best["ours_s"]),
+                hardware=machine(threads),
+                packages=("trl", "transformers"),
+                cells=cells,
+                peer_settings={"gradient_checkpointing": False, "beta": 0.0, "tried": tried},
+            )
+        )
+    )
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    main()
