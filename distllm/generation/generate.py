@@ -71,7 +71,7 @@ def generate(
     if not prompt_ids:
         check_options(options)
         return []
-    with _inference(model):
+    with lowered(model, _dtype(model)), _inference(model):
         decoding = Decoding(
             model,
             prompt_ids,
@@ -100,25 +100,27 @@ def stream(
 ) -> Iterator[int]:
     """Yield the tokens of one response as they are drawn: those `generate` returns for this prompt.
 
-    The end token is yielded too. Between tokens the model is left as it was found.
+    The end token is yielded too. Until the stream ends or is closed the model may hold its matrices in
+    the dtype of the computation; grad and eval mode are put back between tokens.
     """
-    with _inference(model):
-        decoding = Decoding(
-            model,
-            [prompt_ids],
-            options,
-            end_ids=end_ids,
-            pad_id=pad_id,
-            seed=seed,
-            prompt_indices=[0],
-            num_samples=1,
-            decode=decode,
-        )
-    while decoding.active:
+    with lowered(model, _dtype(model)):
         with _inference(model):
-            decoding.step()
-        decoding.check()
-        yield int(decoding.tokens[0, decoding.num_steps - 1])
+            decoding = Decoding(
+                model,
+                [prompt_ids],
+                options,
+                end_ids=end_ids,
+                pad_id=pad_id,
+                seed=seed,
+                prompt_indices=[0],
+                num_samples=1,
+                decode=decode,
+            )
+        while decoding.active:
+            with _inference(model):
+                decoding.step()
+            decoding.check()
+            yield int(decoding.tokens[0, decoding.num_steps - 1])
 
 
 class Decoding:
@@ -304,16 +306,21 @@ class Decoding:
 
 @contextmanager
 def _inference(model: Any) -> Iterator[None]:
-    """Eval mode, no gradient, weights in the dtype of the computation; the modes found are put back."""
+    """Eval mode and no gradient; the modes found are put back."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
     try:
-        with torch.no_grad(), lowered(model, compute_dtype(next(iter(model.parameters())))):
+        with torch.no_grad():
             yield
     finally:
         for module in training:
             module.training = True
+
+
+def _dtype(model: Any) -> torch.dtype:
+    """Return the dtype heavy work runs in: autocast's if it is active, else that of the weights."""
+    return compute_dtype(next(iter(model.parameters())))
 
 
 def _check_prompts(

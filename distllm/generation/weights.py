@@ -7,23 +7,44 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 @contextmanager
 def lowered(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Hold the model's fp32 matrices in `dtype` inside the `with`; outside they are what they were.
 
+    The arithmetic is autocast's: products run in `dtype`; vectors (norms) and what an embedding looks
+    up stay in fp32, so that the sampler does not drift from the training pass.
+
     The copies are made at the start and dropped at the end, so no later call can see stale ones. The
-    fp32 tensors themselves are kept, not converted back: not a bit of them changes. Vectors (norms)
-    stay in fp32, because autocast would leave them so. Nothing may train inside.
+    fp32 tensors themselves are kept, not converted back: not a bit of them changes. Nothing may train
+    inside.
     """
     matrices = [p for p in model.parameters() if p.ndim >= 2 and p.dtype == torch.float32]
-    originals = [p.data for p in matrices] if dtype != torch.float32 else []
+    originals = [(p, p.data) for p in matrices] if dtype != torch.float32 else []
+    by_parameter = {id(parameter): data for parameter, data in originals}
+    hooks = [
+        module.register_forward_hook(_look_up_in(by_parameter[id(module.weight)]))
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and id(module.weight) in by_parameter
+    ]
     try:
-        for parameter, original in zip(matrices, originals, strict=False):
-            parameter.data = original.to(dtype)
+        for parameter, data in originals:
+            parameter.data = data.to(dtype)
         yield
     finally:
-        for parameter, original in zip(matrices, originals, strict=False):
-            parameter.data = original
+        for parameter, data in originals:
+            parameter.data = data
+        for hook in hooks:
+            hook.remove()
+
+
+def _look_up_in(table: Tensor):
+    """Return a forward hook that answers an embedding from `table` instead of its own weight."""
+
+    def answer(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return F.embedding(args[0], table)
+
+    return answer
