@@ -38,12 +38,11 @@ class _BlockedAttention(torch.autograd.Function):
         queries = _heads_first(q, cos, sin, scale, 1)
         keys = _heads_first(k, cos, sin, 1.0, groups)
         values = _heads_first(v, None, None, 1.0, groups)
-        out = q.new_empty(batch, n_heads, seq, d_head)
+        out = torch.empty_like(q)
         size = _block_size(seq)
         corner = None
         if bias is None:
             corner = q.new_full((size, size), float("-inf")).triu_(1)
-        flat = out.view(batch * n_heads, seq, d_head)
         probabilities = []
         for start in range(0, seq, size):
             end = min(start + size, seq)
@@ -55,45 +54,43 @@ class _BlockedAttention(torch.autograd.Function):
                 scores.view(batch, n_heads, end - start, end).add_(visible)
             weights = torch.softmax(scores, dim=-1)
             probabilities.append(weights)
-            torch.bmm(weights, values[:, :end], out=flat[:, start:end])
+            mixed = torch.bmm(weights, values[:, :end])
+            out[:, start:end] = mixed.view(batch, n_heads, end - start, d_head).transpose(1, 2)
         ctx.save_for_backward(queries, keys, values, cos, sin, *probabilities)
         ctx.size, ctx.groups, ctx.scale = size, groups, scale
-        return out.transpose(1, 2)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         queries, keys, values, cos, sin, *probabilities = ctx.saved_tensors
         batch, seq, n_heads, d_head = grad_out.shape
-        grad = grad_out.transpose(1, 2).reshape(batch * n_heads, seq, d_head)
-        dq = torch.empty_like(queries)
+        back = None if sin is None else -sin
+        dq = torch.empty_like(grad_out)
         dk = dv = None
         # From the last block to the first: the last one meets all keys, so it starts the sums.
         for index in reversed(range(len(probabilities))):
             start = index * ctx.size
             end = min(start + ctx.size, seq)
-            weights, grad_block = probabilities[index], grad[:, start:end]
-            grad_weights = torch.bmm(grad_block, values[:, :end].transpose(1, 2))
+            weights = probabilities[index]
+            grad = grad_out[:, start:end].transpose(1, 2).reshape(-1, end - start, d_head)
+            grad_weights = torch.bmm(grad, values[:, :end].transpose(1, 2))
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            torch.bmm(grad_scores, keys[:, :end], out=dq[:, start:end])
-            dk_block = torch.bmm(grad_scores.transpose(1, 2), queries[:, start:end])
-            dv_block = torch.bmm(weights.transpose(1, 2), grad_block)
+            dq_block = torch.bmm(grad_scores, keys[:, :end]).view(batch, n_heads, -1, d_head)
+            rows = slice(start, end)
+            turn = (None, None) if back is None else (cos[:, :, rows], back[:, :, rows])
+            _rotate_into(dq[:, rows].transpose(1, 2), dq_block, *turn, ctx.scale)
+            dk_block = torch.bmm(grad_scores.transpose(1, 2), queries[:, rows])
+            dv_block = torch.bmm(weights.transpose(1, 2), grad)
             if dk is None or dv is None:
                 dk, dv = dk_block, dv_block
             else:
                 dk[:, :end].add_(dk_block)
                 dv[:, :end].add_(dv_block)
         shape = (batch, n_heads, seq, d_head)
-        turn_back = None if sin is None else -sin
-        return (
-            _heads_last(dq.view(shape), cos, turn_back, ctx.scale, 1),
-            _heads_last(dk.view(shape), cos, turn_back, 1.0, ctx.groups),
-            _heads_last(dv.view(shape), None, None, 1.0, ctx.groups),
-            None,
-            None,
-            None,
-            None,
-        )
+        dk = _heads_last(dk.view(shape), cos, back, ctx.groups)
+        dv = _heads_last(dv.view(shape), None, None, ctx.groups)
+        return dq, dk, dv, None, None, None, None
 
 
 def _block_size(seq: int) -> int:
@@ -113,15 +110,13 @@ def _heads_first(
     return turned.reshape(batch * n_heads * repeats, seq, d_head)
 
 
-def _heads_last(
-    x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, repeats: int
-) -> Tensor:
+def _heads_last(x: Tensor, cos: Tensor | None, sin: Tensor | None, repeats: int) -> Tensor:
     """Undo `_heads_first` on a gradient [batch, n_heads * repeats, seq, d_head]; `sin` is negated."""
     batch, n_heads, seq, d_head = x.shape
     if repeats > 1:
         x = x.view(batch, n_heads // repeats, repeats, seq, d_head).sum(dim=2)
     out = x.new_empty(batch, seq, n_heads // repeats, d_head)
-    _rotate_into(out.transpose(1, 2), x, cos, sin, scale)
+    _rotate_into(out.transpose(1, 2), x, cos, sin, 1.0)
     return out
 
 

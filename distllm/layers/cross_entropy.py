@@ -13,13 +13,16 @@ from distllm.layers.precision import compute_dtype, wide
 from distllm.types import IGNORE_INDEX
 
 _CHUNK_BYTES = 16 * 2**20
-"""Logits of one chunk."""
-_SLICE_BYTES = 2 * 2**20
-"""Part of a chunk that is widened to float32 at a time, so that it stays in the CPU's cache."""
+"""Logits of one chunk, in the dtype heavy work runs in."""
+_SLICE_BYTES = 2**20
+"""Part of a chunk that is widened to float32 at a time, so that it stays in a CPU core's own cache."""
+_KEEP_BYTES = 64 * 2**20
+"""Probabilities kept for the backward of `linear_logprobs`; with more tokens the logits are computed a second time."""
 _SAFE_PROBABILITY = 1e-30
 """Below it -log(p) of a float32 probability loses digits or is infinite."""
 
 
+@torch.compiler.disable
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Sum the cross-entropy of `labels` under softmax(hidden @ weight.T).
 
@@ -31,10 +34,10 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
     Returns:
         Scalar in float32 or wider; 0 with a graph attached when nothing is labelled.
     """
-    dtype = compute_dtype(weight)
-    return _LinearCrossEntropy.apply(hidden.to(dtype), weight.to(dtype), labels)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, compute_dtype(weight))
 
 
+@torch.compiler.disable
 def linear_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
@@ -49,104 +52,144 @@ def linear_logprobs(
     Returns:
         (logprobs [tokens], entropy [tokens]) in float32 or wider.
     """
+    keep = len(targets) * weight.shape[0] * compute_dtype(weight).itemsize <= _KEEP_BYTES
+    keep = keep and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     dtype = compute_dtype(weight)
-    return _LinearLogprobs.apply(hidden.to(dtype), weight.to(dtype), targets, temperature)
+    return _LinearLogprobs.apply(hidden, weight, targets, temperature, dtype, keep)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        needs_hidden, needs_weight, _ = ctx.needs_input_grad
-        precise = wide(hidden.dtype)
+    def forward(
+        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        needs_hidden, needs_weight, *_ = ctx.needs_input_grad
+        ctx.dtypes = hidden.dtype, weight.dtype
+        hidden, weight, precise = hidden.to(dtype), weight.to(dtype), wide(dtype)
         total = hidden.new_zeros((), dtype=precise)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = None
-        for rows in _chunks(len(hidden), weight):
+        grad_weight = torch.zeros_like(weight, dtype=precise) if needs_weight else None
+        for rows in _chunks(len(hidden), weight, _CHUNK_BYTES):
             logits = hidden[rows] @ weight.t()
-            # `logits` turns into its own gradient, slice by slice.
-            total += _loss_and_gradient(logits, labels[rows], precise)
+            for part in _chunks(len(logits), weight, _SLICE_BYTES, precise):
+                total += _loss_and_gradient(logits[part], labels[rows][part], precise)
+            # `logits` has turned into its own gradient.
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[rows])
-            if needs_weight:
-                part = (logits.t() @ hidden[rows]).to(precise)
-                grad_weight = part if grad_weight is None else grad_weight.add_(part)
-        if needs_weight and grad_weight is None:
-            grad_weight = torch.zeros_like(weight, dtype=precise)
+            if grad_weight is not None:
+                grad_weight += logits.t() @ hidden[rows]
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.dtype = weight.dtype
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
-        if grad_weight is not None:
-            grad_weight = (grad_weight * grad).to(ctx.dtype)
-        return grad_hidden, grad_weight, None
+        grads = (
+            None if x is None else (x * grad.to(x.dtype)).to(dtype)
+            for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return *grads, None, None
 
 
 def _loss_and_gradient(logits: Tensor, labels: Tensor, precise: torch.dtype) -> Tensor:
-    """Return the summed loss of a chunk and overwrite `logits` [tokens, vocab] with its gradient."""
-    total = logits.new_zeros((), dtype=precise)
-    step = max(1, _SLICE_BYTES // (logits.shape[1] * precise.itemsize))
-    for start in range(0, len(logits), step):
-        part, part_labels = logits[start : start + step], labels[start : start + step]
-        used = part_labels != IGNORE_INDEX
-        targets = part_labels.where(used, 0)[:, None]
-        probabilities = torch.softmax(part, dim=-1, dtype=precise)
-        picked = probabilities.gather(1, targets)
-        losses = -picked.log()
-        if bool((picked < _SAFE_PROBABILITY).any()):
-            losses = -torch.log_softmax(part, dim=-1, dtype=precise).gather(1, targets)
-        total += losses[:, 0].where(used, 0.0).sum()
-        probabilities.scatter_add_(1, targets, torch.full_like(picked, -1.0))
-        part.copy_(probabilities)
-        if not bool(used.all()):
-            part.mul_(used[:, None])
-    return total
+    """Return the summed loss of a slice and overwrite `logits` [tokens, vocab] with its gradient."""
+    used = labels != IGNORE_INDEX
+    targets = labels.where(used, 0)[:, None]
+    probabilities, logprobs = _softmax(logits.to(precise), targets)
+    probabilities.scatter_add_(1, targets, torch.full_like(logprobs, -1.0))
+    if not _on_cpu(used) or not bool(used.all()):
+        probabilities *= used[:, None]
+    logits.copy_(probabilities)
+    return -logprobs[:, 0].where(used, 0.0).sum()
+
+
+def _softmax(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (softmax [tokens, vocab], its logarithm at `targets` [tokens, 1])."""
+    probabilities = torch.softmax(logits, dim=-1)
+    picked = probabilities.gather(1, targets)
+    if _on_cpu(picked) and bool((picked > _SAFE_PROBABILITY).all()):
+        return probabilities, picked.log()
+    return probabilities, torch.log_softmax(logits, dim=-1).gather(1, targets)
 
 
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
+        ctx: FunctionCtx,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        temperature: float,
+        dtype: torch.dtype,
+        keep: bool,
     ) -> tuple[Tensor, Tensor]:
-        precise = wide(hidden.dtype)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        hidden, weight, precise = hidden.to(dtype), weight.to(dtype), wide(dtype)
         logprobs = hidden.new_empty(len(hidden), dtype=precise)
         entropy = torch.empty_like(logprobs)
-        for rows in _chunks(len(hidden), weight):
-            scores = torch.log_softmax((hidden[rows] @ weight.t()).to(precise) / temperature, -1)
-            logprobs[rows] = scores.gather(1, targets[rows, None])[:, 0]
-            entropy[rows] = -torch.linalg.vecdot(scores.exp(), scores)
-        ctx.save_for_backward(hidden, weight, targets, entropy)
+        kept = []
+        for rows in _chunks(len(hidden), weight, _CHUNK_BYTES):
+            logits = hidden[rows] @ weight.t()
+            for part in _chunks(len(logits), weight, _SLICE_BYTES, precise):
+                scores = logits[part].to(precise).div_(temperature)
+                labels = targets[rows][part, None]
+                probabilities, picked = _softmax(scores, labels)
+                logprobs[rows][part] = picked[:, 0]
+                normaliser = (scores.gather(1, labels) - picked)[:, 0]
+                entropy[rows][part] = normaliser - torch.linalg.vecdot(probabilities, scores)
+                if keep:
+                    logits[part] = probabilities
+            if keep:
+                kept.append(logits)
+        ctx.save_for_backward(hidden, weight, targets, entropy, *kept)
         ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
         return logprobs, entropy
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: FunctionCtx, grad_logprobs: Tensor, grad_entropy: Tensor
+        ctx: FunctionCtx, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, entropy = ctx.saved_tensors
+        hidden, weight, targets, entropy, *kept = ctx.saved_tensors
         precise = entropy.dtype
+        up = torch.zeros_like(entropy) if grad_logprobs is None else grad_logprobs
+        up = (up / ctx.temperature)[:, None]
+        up_entropy = None if grad_entropy is None else (grad_entropy / ctx.temperature)[:, None]
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=precise)
-        for rows in _chunks(len(hidden), weight):
-            scores = torch.log_softmax(
-                (hidden[rows] @ weight.t()).to(precise) / ctx.temperature, -1
-            )
-            # d logprob_t / d z = onehot_t - p;  d entropy / d z = -p (log p + entropy);  z = logits / temperature
-            up, up_entropy = grad_logprobs[rows, None], grad_entropy[rows, None]
-            grad = (scores + entropy[rows, None]).mul_(up_entropy).add_(up).mul_(scores.exp_())
-            grad.neg_().scatter_add_(1, targets[rows, None], up)
-            grad = grad.div_(ctx.temperature).to(hidden.dtype)
+        for index, rows in enumerate(_chunks(len(hidden), weight, _CHUNK_BYTES)):
+            logits = None if kept else hidden[rows] @ weight.t()
+            grad = kept[index].clone() if logits is None else logits
+            for part in _chunks(len(grad), weight, _SLICE_BYTES, precise):
+                p = grad[part].to(precise)
+                if not kept:
+                    p = torch.softmax(p.div_(ctx.temperature), dim=-1)
+                # With z = logits / temperature:
+                # d logprob_t / d z = onehot_t - p;  d entropy / d z = -p (log p + entropy).
+                factor = up[rows][part]
+                if up_entropy is not None:
+                    level = entropy[rows][part, None]
+                    factor = factor + up_entropy[rows][part] * (p.clamp(min=1e-38).log_() + level)
+                slope = p.mul_(factor).neg_()
+                slope.scatter_add_(1, targets[rows][part, None], up[rows][part])
+                grad[part] = slope
             torch.mm(grad, weight, out=grad_hidden[rows])
             grad_weight += grad.t() @ hidden[rows]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None
+        grads = (
+            x.to(dtype) for x, dtype in zip((grad_hidden, grad_weight), ctx.dtypes, strict=True)
+        )
+        return *grads, None, None, None, None
 
 
-def _chunks(num_tokens: int, weight: Tensor) -> list[slice]:
-    step = max(1, _CHUNK_BYTES // (weight.shape[0] * weight.dtype.itemsize))
+def _on_cpu(x: Tensor) -> bool:
+    """True where looking at a value costs nothing; on other devices it would wait for the queue."""
+    return x.device.type == "cpu"
+
+
+def _chunks(
+    num_tokens: int, weight: Tensor, num_bytes: int, dtype: torch.dtype | None = None
+) -> list[slice]:
+    """Cut `num_tokens` rows of vocabulary width into slices of at most `num_bytes`."""
+    step = max(1, num_bytes // (weight.shape[0] * (dtype or weight.dtype).itemsize))
     return [slice(start, min(start + step, num_tokens)) for start in range(0, num_tokens, step)]

@@ -45,10 +45,9 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, rstd, weight = ctx.saved_tensors
-        normed = x.to(rstd.dtype) * rstd
-        grad = grad.to(rstd.dtype)
-        product = (grad * normed).flatten(0, -2)
-        wide_weight = weight.to(rstd.dtype)
-        along = torch.mv(product, wide_weight).div_(-x.shape[-1]).view(rstd.shape)
-        grad_x = (grad * wide_weight).addcmul_(normed, along).mul_(rstd)
-        return grad_x.to(x.dtype), product.sum(dim=0).to(weight.dtype), None, None
+        wide_x, wide_weight, grad = (t.to(rstd.dtype) for t in (x, weight, grad))
+        product = (grad * wide_x).flatten(0, -2)
+        grad_weight = torch.mv(product.t(), rstd.flatten())
+        along = torch.mv(product, wide_weight).div_(-x.shape[-1]).view(rstd.shape) * rstd.pow(3)
+        grad_x = (grad * wide_weight).mul_(rstd).addcmul_(wide_x, along)
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None, None
