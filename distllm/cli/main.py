@@ -54,9 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(_HELP.format(verbs="\n".join(f"  {v:<{width}}  {s}" for v, s in VERBS.items())))
             return EXIT_DONE if words else EXIT_USER
         if words[0] == "--version":
-            from importlib.metadata import version
-
-            print(version("distllm"))
+            print(_version())
             return EXIT_DONE
         verb, rest = words[0], words[1:]
         if verb not in VERBS:
@@ -76,6 +74,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 _FILES = {"import": "import_", "list": "list_"}  # a keyword, and a name that would hide the builtin
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("distllm")
+    except PackageNotFoundError:
+        return "not installed: run from a checkout"
 
 
 def _verb_help(verb: str, module: ModuleType) -> str:

@@ -11,6 +11,7 @@ from distllm.config.schema import Config, leaves, options_of
 from distllm.engines import hardware
 from distllm.errors import ConfigError
 
+
 def message(*overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
         compose(overrides)
@@ -36,7 +37,9 @@ def test_every_number_has_a_rule():
     unruled = [
         key
         for key, value in all_keys().items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and key not in checks.rules()
+        if isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and key not in checks.rules()
     ]
     assert unruled == []
 
@@ -190,7 +193,9 @@ def test_the_models_own_length_counts(tmp_path):
     save_model(Decoder(options), None, tmp_path / "model")
     override = f"model={tmp_path / 'model'}"
     text = training_message(override, "train.seq_len=64")
-    assert "train.seq_len=64" in text and "max_seq_len=48" in text and "Set train.seq_len=48" in text
+    assert (
+        "train.seq_len=64" in text and "max_seq_len=48" in text and "Set train.seq_len=48" in text
+    )
     checks.check_training(compose([override, "train.seq_len=48", "arch.max_seq_len=32"]))
 
 

@@ -52,7 +52,9 @@ def test_every_yaml_composes(group, option):
 
 @pytest.mark.parametrize("group", [g for g in CHOOSABLE if g != "experiment"])
 def test_every_component_has_a_yaml(group):
-    choosable = {getattr(compose([f"{group}={o}"], check=False), group).name for o in options_in(group)}
+    choosable = {
+        getattr(compose([f"{group}={o}"], check=False), group).name for o in options_in(group)
+    }
     assert set(options_of(group)) <= choosable
 
 
@@ -126,7 +128,9 @@ def test_secrets_are_refused_and_never_shown(key):
 
 
 def test_text_is_taken_as_typed():
-    config = compose(["run.dir=/tmp/my, dir (1)/a=b", "data.path=it's {x}", "model=7", "tokenizer=null"])
+    config = compose(
+        ["run.dir=/tmp/my, dir (1)/a=b", "data.path=it's {x}", "model=7", "tokenizer=null"]
+    )
     assert config.run.dir == "/tmp/my, dir (1)/a=b"
     assert config.data.path == "it's {x}"
     assert config.model == "7"

@@ -30,7 +30,9 @@ def test_every_field_is_annotated_and_documented(cls):
         bare = [n.lineno for n in definition.body if isinstance(n, ast.Assign)]
         assert bare == [], f"{base.__name__}: a field without annotation vanishes silently"
     chosen = () if cls is PipelineStage else ("name",)
-    silent = [f.name for f in dataclasses.fields(cls) if f.name not in chosen and not meaning(cls, f.name)]
+    silent = [
+        f.name for f in dataclasses.fields(cls) if f.name not in chosen and not meaning(cls, f.name)
+    ]
     assert silent == [], f"{cls.__name__} has fields without a docstring"
 
 

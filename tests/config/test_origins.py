@@ -39,7 +39,11 @@ def test_the_origin_holds_the_value():
             content = yaml.safe_load((conf_dir().parent / found.origin).read_text())
             for word in found.key.split("."):
                 content = content[word]
-            assert float(content) == found.value if isinstance(found.value, float) else content == found.value
+            assert (
+                float(content) == found.value
+                if isinstance(found.value, float)
+                else content == found.value
+            )
 
 
 def test_the_name_of_an_option_comes_from_its_file():

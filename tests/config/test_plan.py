@@ -25,7 +25,9 @@ from distllm.types import IGNORE_INDEX
 SHAPES = [
     DecoderOptions(),
     DecoderOptions(tie_embeddings=False, n_layers=3),
-    DecoderOptions(vocab_size=77, d_model=20, n_layers=2, n_heads=5, n_kv_heads=1, d_head=6, d_ff=36),
+    DecoderOptions(
+        vocab_size=77, d_model=20, n_layers=2, n_heads=5, n_kv_heads=1, d_head=6, d_ff=36
+    ),
 ]
 TINY = ["arch.vocab_size=300", "arch.d_model=16", "arch.n_layers=2", "arch.d_ff=24", "run.dir=x"]
 
@@ -114,7 +116,9 @@ def test_the_logits_chunk_is_that_of_the_loss():
 
 def test_recomputing_blocks_saves_memory():
     plain, recomputed = (
-        make_plan(compose(["train.micro_batch_size=8", f"engine.activation_checkpointing={a}"])).memory
+        make_plan(
+            compose(["train.micro_batch_size=8", f"engine.activation_checkpointing={a}"])
+        ).memory
         for a in ("none", "full")
     )
     name = "activations of a micro-batch"
@@ -123,7 +127,8 @@ def test_recomputing_blocks_saves_memory():
 
 def test_batch_arithmetic():
     plan = make_plan(
-        compose(["train.global_batch_size=96", "train.micro_batch_size=8", "train.seq_len=128"]), dp_size=3
+        compose(["train.global_batch_size=96", "train.micro_batch_size=8", "train.seq_len=128"]),
+        dp_size=3,
     )
     assert plan.batch["x grad_accum_steps"] == 4
     assert plan.batch["tokens per step at most"] == 96 * 128
@@ -146,7 +151,9 @@ def test_rollout_arithmetic_and_roles():
     assert plan.memory["gradients"] == weights + plan.memory["weights, value"]
     assert plan.memory["key/value cache"] > 0
     assert [r.name for r in roles_of(compose(["stage=grpo", *TINY]))] == ["policy"]
-    assert [r.head for r in roles_of(compose(["stage=reward", "stage.head=last", *TINY]))] == ["last"]
+    assert [r.head for r in roles_of(compose(["stage=reward", "stage.head=last", *TINY]))] == [
+        "last"
+    ]
 
 
 def test_epochs_of_dialogues_and_documents(tmp_path):
