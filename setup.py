@@ -27,6 +27,11 @@ setup(
         "safetensors>=0.6",
         "rich>=13",
         "numpy>=2.0",
+        "omegaconf>=2.3",
+        "pyyaml>=6.0",
+        "pyarrow>=21",
+        "jinja2>=3.1",
+        "matplotlib>=3.9",
     ],
     extras_require={
         "deepspeed": ["deepspeed>=0.18"],

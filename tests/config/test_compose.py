@@ -116,7 +116,7 @@ def test_all_mistakes_are_reported_together():
 
 
 def test_a_verbs_own_keys_are_suggested():
-    with pytest.raises(ConfigError, match="promt is not a setting. Did you mean prompt?"):
+    with pytest.raises(ConfigError, match=r"promt is not a setting. Did you mean prompt\?"):
         compose(["promt=hello"], also_known=["prompt"])
 
 

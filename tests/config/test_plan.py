@@ -1,6 +1,7 @@
 """Derived numbers against other ways of getting them: closed formulas, torch's own counter, real runs."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -173,7 +174,7 @@ def test_epochs_of_dialogues_and_documents(tmp_path):
 
 
 def test_available_memory_is_that_of_the_kernel():
-    lines = dict(line.split(":") for line in open("/proc/meminfo"))
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     total = int(lines["MemTotal"].split()[0]) * 1024
     found = available_bytes()
     assert found is not None and 0 < found <= total
