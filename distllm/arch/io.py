@@ -24,6 +24,7 @@ from distllm.arch import hf
 from distllm.errors import CheckpointError
 
 _FRESH_HEAD = "head."
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def load_model(
@@ -95,10 +96,8 @@ def save_model(
     family = next(m for m in _families() if options.name == m.ARCH)
     state = dict(model.state_dict() if state is None else state)
     config, tensors = family.to_hf(options, state, head)
-    special = _special_ids(tokenizer, end_ids)
-    config |= {k: special.get(k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    if isinstance(config["eos_token_id"], list):
-        config["eos_token_id"] = tokenizer.eos_token_id
+    special = _special_ids(tokenizer)
+    config |= special
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -107,7 +106,7 @@ def save_model(
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
     _write_json(aside / "config.json", config)
-    _write_json(aside / "generation_config.json", special)
+    _write_json(aside / "generation_config.json", _generation_config(special, end_ids))
     if tokenizer is not None:
         tokenizer.save_pretrained(aside)
     num_parameters = sum(v.numel() for v in tensors.values())
@@ -252,15 +251,16 @@ def _fill_fresh(model: nn.Module, state: dict[str, Tensor], seed: int) -> None:
             state.setdefault(name, torch.tensor(default))
 
 
-def _special_ids(tokenizer: Any, end_ids: Sequence[int]) -> dict[str, Any]:
-    special: dict[str, Any] = {}
-    if tokenizer is not None:
-        keys = ("bos_token_id", "eos_token_id", "pad_token_id")
-        special = {k: getattr(tokenizer, k) for k in keys if getattr(tokenizer, k) is not None}
+def _special_ids(tokenizer: Any) -> dict[str, int | None]:
+    return {key: getattr(tokenizer, key, None) for key in _SPECIAL}
+
+
+def _generation_config(special: Mapping[str, int | None], end_ids: Sequence[int]) -> dict[str, Any]:
+    known: dict[str, Any] = {key: value for key, value in special.items() if value is not None}
     if end_ids:
-        own = special.get("eos_token_id")
-        special["eos_token_id"] = sorted({*end_ids, *([] if own is None else [own])})
-    return special
+        own = {special["eos_token_id"]} - {None}
+        known["eos_token_id"] = sorted({*end_ids, *own})
+    return known
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -37,8 +37,11 @@ class KVCache:
         """Number of columns there is room for."""
         return self.data.shape[4]
 
+    @torch.no_grad()
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write `k`, `v` [batch, seq, n_kv_heads, d_head] of the new tokens; return all keys and values so far.
+
+        No gradient passes through a cache.
 
         Raises:
             ValueError: there is no room, or the number of rows differs.
@@ -51,7 +54,7 @@ class KVCache:
             )
         if k.shape[0] != self.batch_size:
             raise ValueError(f"the cache has {self.batch_size} rows, the input has {k.shape[0]}")
-        keys, values = self.data[layer]
+        keys, values = self.data[layer, 0], self.data[layer, 1]
         keys[:, :, self.length : end] = k.transpose(1, 2)
         values[:, :, self.length : end] = v.transpose(1, 2)
         return keys[:, :, :end].transpose(1, 2), values[:, :, :end].transpose(1, 2)

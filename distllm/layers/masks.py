@@ -98,5 +98,5 @@ def _bias(
     if segments is not None:
         same = segments[:, past:, None] == segments[:, None, :]
         visible = visible & same[:, None]
-    hidden = torch.finfo(dtype).min / 2
-    return torch.where(visible, 0.0, hidden).to(dtype)
+    bias = torch.zeros(visible.shape, dtype=dtype, device=device)
+    return bias.masked_fill_(~visible, torch.finfo(dtype).min / 2)
