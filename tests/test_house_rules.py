@@ -1,6 +1,7 @@
 """Rules of the house that a machine can check: who may import whom, one door per heavy dependency, sizes, names."""
 
 import ast
+import functools
 import re
 import sys
 from collections.abc import Iterator
@@ -83,50 +84,66 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def imports(path: Path) -> Iterator[tuple[str, int, bool]]:
-    """Yield (module, line, whether it is imported when the file is) for each import, in functions too."""
+@functools.cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
 
-    def visit(node: ast.AST, at_top: bool) -> Iterator[tuple[str, int, bool]]:
+
+@functools.cache
+def imports(path: Path) -> list[tuple[str, int, bool]]:
+    """List (module, line, whether it is imported when the file is) of each import, those in functions too."""
+    found = []
+
+    def visit(node: ast.AST, at_top: bool) -> None:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.Import):
-                yield from ((alias.name, child.lineno, at_top) for alias in child.names)
+                found.extend((alias.name, child.lineno, at_top) for alias in child.names)
             elif isinstance(child, ast.ImportFrom):
                 assert child.level == 0, f"{name_of(path)}:{child.lineno}: imports are absolute"
-                module = child.module or ""
-                # `from distllm.engines import base` imports a module, `from distllm.types import Batch` a name.
+                # `from distllm.engines import base` names a module, `from distllm.types import Batch` does not.
                 for alias in child.names:
-                    inner = ROOT / f"{module}.{alias.name}".replace(".", "/")
+                    full = f"{child.module}.{alias.name}"
+                    inner = ROOT / full.replace(".", "/")
                     is_module = inner.is_dir() or inner.with_suffix(".py").is_file()
-                    full = f"{module}.{alias.name}"
-                    yield (
-                        (full if is_module or module in ("torch", "torch.utils") else module),
-                        child.lineno,
-                        at_top,
+                    is_torchs = child.module in ("torch", "torch.utils")
+                    found.append(
+                        (full if is_module or is_torchs else child.module, child.lineno, at_top)
                     )
             else:
                 lazy = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
                 type_only = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
-                yield from visit(child, at_top and not lazy and not type_only)
+                visit(child, at_top and not lazy and not type_only)
 
-    yield from visit(ast.parse(path.read_text()), True)
+    visit(tree(path), True)
+    return found
+
+
+def all_imports() -> Iterator[tuple[str, str, str, bool]]:
+    """Yield (file, file:line, module, at top) of every import in the package."""
+    for path in FILES:
+        for module, line, at_top in imports(path):
+            yield name_of(path), f"{name_of(path)}:{line}", module, at_top
 
 
 def begins_with(module: str, prefix: str) -> bool:
     return f"{module}.".startswith(f"{prefix}.")
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_arrows(path):
-    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    if own in ("__init__", "__main__"):
-        return  # the public surface
-    for module, line, _ in imports(path):
-        if not begins_with(module, "distllm") or (name_of(path), module) in UPWARD:
-            continue
-        other = module.split(".")[1] if "." in module else "__init__"
-        where = f"{name_of(path)}:{line} imports {module}"
-        assert other in RANK, f"{where}: name the module, not the public surface"
-        assert other == own or RANK[other] < RANK[own], f"{where}, which is not below {own}"
+def test_arrows():
+    problems = []
+    for file, where, module, _ in all_imports():
+        own = Path(file).parts[1].removesuffix(".py")
+        if own in ("__init__", "__main__") or not begins_with(module, "distllm"):
+            continue  # the public surface may import everything
+        other = module.split(".")[1] if "." in module else "the public surface"
+        is_below = other == own or RANK.get(other, 99) < RANK[own]
+        if not is_below and (file, module) not in UPWARD:
+            problems.append(f"{where} imports {module}, which is not below {own}")
+    assert problems == []
+
+
+def test_the_exceptions_to_the_arrows_are_real():
+    assert {(file, module) for file, _, module, _ in all_imports()} >= UPWARD
 
 
 def test_every_folder_has_its_place_in_the_arrows():
@@ -134,27 +151,29 @@ def test_every_folder_has_its_place_in_the_arrows():
     assert present <= set(RANK)
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_one_door_per_heavy_dependency(path):
-    for module, line, at_top in imports(path):
-        for package, doors in DOORS.items():
-            if begins_with(module, package):
-                assert name_of(path).startswith(doors), (
-                    f"{name_of(path)}:{line}: {package} belongs in {doors}"
-                )
-        for package in INSIDE_FUNCTIONS:
-            if begins_with(module, package):
-                assert not at_top, (
-                    f"{name_of(path)}:{line}: import {package} inside the function that needs it"
-                )
+def test_one_door_per_heavy_dependency():
+    outside = [
+        f"{where}: {package} belongs in {doors}"
+        for file, where, module, _ in all_imports()
+        for package, doors in DOORS.items()
+        if begins_with(module, package) and not file.startswith(doors)
+    ]
+    assert outside == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_only_known_libraries(path):
-    for module, line, _ in imports(path):
-        root = module.split(".")[0]
-        known = root in LIBRARIES or root in sys.stdlib_module_names or root == "distllm"
-        assert known, f"{name_of(path)}:{line}: {root} is not among the known libraries"
+def test_heavy_dependencies_are_imported_inside_functions():
+    at_top_level = [
+        f"{where}: import {package} inside the function that needs it"
+        for _, where, module, at_top in all_imports()
+        for package in INSIDE_FUNCTIONS
+        if at_top and begins_with(module, package)
+    ]
+    assert at_top_level == []
+
+
+def test_only_known_libraries():
+    known = {*LIBRARIES, *sys.stdlib_module_names, "distllm"}
+    assert [f"{w}: {m}" for _, w, m, _ in all_imports() if m.split(".")[0] not in known] == []
 
 
 def test_every_library_is_declared_and_pinned():
@@ -165,40 +184,43 @@ def test_every_library_is_declared_and_pinned():
         assert f"\n{requirement}==" in pinned, f"requirements.lock does not pin {requirement}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_files_are_short(path):
-    lines = path.read_text().splitlines()
-    assert len(lines) < 400, f"{name_of(path)} has {len(lines)} lines"
+def test_files_are_short():
+    lengths = {name_of(path): len(path.read_text().splitlines()) for path in FILES}
+    assert {name: n for name, n in lengths.items() if n >= 400} == {}
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_modules_say_what_lives_in_them(path):
-    text = path.read_text()
-    if text.strip():
-        docstring = ast.get_docstring(ast.parse(text))
-        assert docstring, f"{name_of(path)} has no docstring"
-        assert len(docstring.splitlines()) <= 14
+def test_modules_say_what_lives_in_them():
+    docstrings = {
+        name_of(p): ast.get_docstring(tree(p)) or "" for p in FILES if p.read_text().strip()
+    }
+    assert [name for name, text in docstrings.items() if not text] == []
+    assert [name for name, text in docstrings.items() if len(text.splitlines()) > 14] == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_nothing_prints_outside_cli_and_tracking(path):
-    if name_of(path).startswith(("distllm/cli/", "distllm/tracking/")):
-        return
-    calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
-    printing = [c.lineno for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"]
-    assert printing == [], f"{name_of(path)}: print in lines {printing}"
+def test_nothing_prints_outside_cli_and_tracking():
+    printing = [
+        f"{name_of(path)}:{node.lineno}"
+        for path in FILES
+        if not name_of(path).startswith(("distllm/cli/", "distllm/tracking/"))
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "print"
+    ]
+    assert printing == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_no_pickle_no_code_from_config(path):
-    for module, line, _ in imports(path):
-        assert module.split(".")[0] not in ("pickle", "dill", "shelve", "marshal"), (
-            f"{name_of(path)}:{line}"
-        )
-    for node in ast.walk(ast.parse(path.read_text())):
-        called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
-        forbidden = ("eval", "exec", "torch.load", "torch.save", "hydra.utils.instantiate")
-        assert called not in forbidden, f"{name_of(path)}:{node.lineno}: {called}"
+def test_no_pickle_and_no_code_from_data():
+    unsafe = ("pickle", "dill", "shelve", "marshal")
+    assert [f"{w}: {m}" for _, w, m, _ in all_imports() if m.split(".")[0] in unsafe] == []
+    forbidden = ("eval", "exec", "torch.load", "torch.save", "hydra.utils.instantiate")
+    calls = [
+        f"{name_of(path)}:{node.lineno}: {ast.unparse(node.func)}"
+        for path in FILES
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in forbidden
+    ]
+    assert calls == []
 
 
 def test_no_yaml_names_code_to_call():
