@@ -58,7 +58,8 @@ class LMHead(nn.Module):
         Returns:
             Scalar; 0 with a graph attached when nothing is labelled.
         """
-        return linear_cross_entropy(hidden.flatten(0, 1), self.projection, labels.flatten())
+        hidden, labels, _ = _labelled(hidden, labels)
+        return linear_cross_entropy(hidden, self.projection, labels)
 
     def logprobs(
         self, hidden: Tensor, labels: Tensor, temperature: float = 1.0
@@ -73,15 +74,10 @@ class LMHead(nn.Module):
         Returns:
             (logprobs, entropy), each [batch, seq].
         """
-        rows = (labels.flatten() != IGNORE_INDEX).nonzero()[:, 0]
-        picked = linear_logprobs(
-            hidden.flatten(0, 1).index_select(0, rows),
-            self.projection,
-            labels.flatten().index_select(0, rows),
-            temperature,
-        )
+        hidden, targets, rows = _labelled(hidden, labels)
         logprobs, entropy = (
-            x.new_zeros(labels.numel()).index_copy(0, rows, x).view(labels.shape) for x in picked
+            x.new_zeros(labels.numel()).index_copy(0, rows, x).view(labels.shape)
+            for x in linear_logprobs(hidden, self.projection, targets, temperature)
         )
         return logprobs, entropy
 
@@ -172,6 +168,23 @@ class ValueHead(nn.Module):
     def values(self, hidden: Tensor) -> Tensor:
         """Map [batch, seq, d_model] to [batch, seq], in float32 or wider."""
         return (hidden.to(wide(hidden.dtype)) * self.weight[0]).sum(dim=-1) + self.bias
+
+
+def _labelled(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pick the positions that have a label.
+
+    Args:
+        hidden: [batch, seq, d_model].
+        labels: [batch, seq].
+
+    Returns:
+        (hidden [tokens, d_model], labels [tokens], their places [tokens] in the flattened batch).
+    """
+    hidden, labels = hidden.flatten(0, 1), labels.flatten()
+    rows = (labels != IGNORE_INDEX).nonzero()[:, 0]
+    if len(rows) == len(labels):
+        return hidden, labels, rows
+    return hidden.index_select(0, rows), labels.index_select(0, rows), rows
 
 
 HEADS: dict[str, type[LMHead] | type[LastTokenHead] | type[ValueHead]] = {

@@ -72,7 +72,7 @@ def load_model(
 
 
 def save_model(
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
     folder: str | Path,
     *,
@@ -239,7 +239,7 @@ def _few(names: Sequence[str], limit: int = 6) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def _fill_fresh(model: nn.Module, state: dict[str, Tensor], seed: int) -> None:
+def _fill_fresh(model: Any, state: dict[str, Tensor], seed: int) -> None:
     from distllm.layers.init import initial_value
 
     rules = model.init_rules()
@@ -258,7 +258,7 @@ def _special_ids(tokenizer: Any) -> dict[str, int | None]:
 def _generation_config(special: Mapping[str, int | None], end_ids: Sequence[int]) -> dict[str, Any]:
     known: dict[str, Any] = {key: value for key, value in special.items() if value is not None}
     if end_ids:
-        own = {special["eos_token_id"]} - {None}
+        own = [known["eos_token_id"]] if "eos_token_id" in known else []
         known["eos_token_id"] = sorted({*end_ids, *own})
     return known
 

@@ -6,11 +6,15 @@ kept for the backward. Keeping them costs batch * n_heads * seq^2 numbers a laye
 (`attention.py` decides).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from distllm.layers.positions import Rotary
+
+_softmax_backward = torch.ops.aten._softmax_backward_data.default
 
 
 def blocked_attention(
@@ -24,7 +28,7 @@ def blocked_attention(
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -40,14 +44,12 @@ class _BlockedAttention(torch.autograd.Function):
         values = _heads_first(v, None, None, 1.0, groups)
         out = torch.empty_like(q)
         size = _block_size(seq)
-        corner = None
-        if bias is None:
-            corner = q.new_full((size, size), float("-inf")).triu_(1)
+        corner = q.new_full((size, size), float("-inf")).triu_(1)
         probabilities = []
         for start in range(0, seq, size):
             end = min(start + size, seq)
             scores = torch.bmm(queries[:, start:end], keys[:, :end].transpose(1, 2))
-            if corner is not None:
+            if bias is None:
                 scores[:, :, start:].add_(corner[: end - start, : end - start])
             else:
                 visible = bias[:, :, start:end, :end]
@@ -62,12 +64,12 @@ class _BlockedAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         queries, keys, values, cos, sin, *probabilities = ctx.saved_tensors
         batch, seq, n_heads, d_head = grad_out.shape
         back = None if sin is None else -sin
         dq = torch.empty_like(grad_out)
-        dk = dv = None
+        dk = dv = torch.empty(0)
         # From the last block to the first: the last one meets all keys, so it starts the sums.
         for index in reversed(range(len(probabilities))):
             start = index * ctx.size
@@ -75,14 +77,14 @@ class _BlockedAttention(torch.autograd.Function):
             weights = probabilities[index]
             grad = grad_out[:, start:end].transpose(1, 2).reshape(-1, end - start, d_head)
             grad_weights = torch.bmm(grad, values[:, :end].transpose(1, 2))
-            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            grad_scores = _softmax_backward(grad_weights, weights, -1, weights.dtype)
             dq_block = torch.bmm(grad_scores, keys[:, :end]).view(batch, n_heads, -1, d_head)
             rows = slice(start, end)
             turn = (None, None) if back is None else (cos[:, :, rows], back[:, :, rows])
             _rotate_into(dq[:, rows].transpose(1, 2), dq_block, *turn, ctx.scale)
             dk_block = torch.bmm(grad_scores.transpose(1, 2), queries[:, rows])
             dv_block = torch.bmm(weights.transpose(1, 2), grad)
-            if dk is None or dv is None:
+            if end == seq:
                 dk, dv = dk_block, dv_block
             else:
                 dk[:, :end].add_(dk_block)

@@ -5,9 +5,11 @@ in all, as many as with full logits. Log-probabilities meet a different weight p
 logits are computed a second time.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from distllm.layers.precision import compute_dtype, wide
 from distllm.types import IGNORE_INDEX
@@ -22,7 +24,6 @@ _SAFE_PROBABILITY = 1e-30
 """Below it -log(p) of a float32 probability loses digits or is infinite."""
 
 
-@torch.compiler.disable
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Sum the cross-entropy of `labels` under softmax(hidden @ weight.T).
 
@@ -34,10 +35,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
     Returns:
         Scalar in float32 or wider; 0 with a graph attached when nothing is labelled.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels, compute_dtype(weight))
+    return _apply_loss(hidden, weight, labels, compute_dtype(weight))
 
 
-@torch.compiler.disable
 def linear_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
@@ -55,13 +55,13 @@ def linear_logprobs(
     keep = len(targets) * weight.shape[0] * compute_dtype(weight).itemsize <= _KEEP_BYTES
     keep = keep and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     dtype = compute_dtype(weight)
-    return _LinearLogprobs.apply(hidden, weight, targets, temperature, dtype, keep)
+    return _apply_logprobs(hidden, weight, targets, temperature, dtype, keep)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype
     ) -> Tensor:
         needs_hidden, needs_weight, *_ = ctx.needs_input_grad
         ctx.dtypes = hidden.dtype, weight.dtype
@@ -83,7 +83,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grads = (
             None if x is None else (x * grad.to(x.dtype)).to(dtype)
             for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
@@ -115,7 +115,7 @@ def _softmax(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
@@ -149,7 +149,7 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: FunctionCtx, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
+        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, entropy, *kept = ctx.saved_tensors
         precise = entropy.dtype
@@ -180,6 +180,11 @@ class _LinearLogprobs(torch.autograd.Function):
             x.to(dtype) for x, dtype in zip((grad_hidden, grad_weight), ctx.dtypes, strict=True)
         )
         return *grads, None, None, None, None
+
+
+# A compiler would break on the loops over chunks; these calls run as they are written.
+_apply_loss: Any = torch.compiler.disable(_LinearCrossEntropy.apply)
+_apply_logprobs: Any = torch.compiler.disable(_LinearLogprobs.apply)
 
 
 def _on_cpu(x: Tensor) -> bool:

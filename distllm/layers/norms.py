@@ -1,8 +1,10 @@
 """Normalisation layers."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from distllm.layers.precision import compute_dtype, wide
 
@@ -32,9 +34,7 @@ class _RMSNorm(torch.autograd.Function):
     """The formula above with its gradient written out: 1.7 times as fast as autograd's on a CPU, and it keeps only `x`."""
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         precise = x.to(wide(x.dtype))
         rstd = torch.linalg.vector_norm(precise, dim=-1, keepdim=True)
         rstd.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -43,7 +43,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, rstd, weight = ctx.saved_tensors
         wide_x, wide_weight, grad = (t.to(rstd.dtype) for t in (x, weight, grad))
         product = (grad * wide_x).flatten(0, -2)
