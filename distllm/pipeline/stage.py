@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import time
@@ -12,6 +13,7 @@ from typing import Any
 from distllm.arch.io import save_model
 from distllm.config.schema import Config, leaves, to_dict
 from distllm.engines.hardware import tune_cpu
+from distllm.errors import CheckpointError
 from distllm.pipeline import reinforcement, supervised
 from distllm.pipeline.build import Builder, Parts
 from distllm.pipeline.lineage import describe_lineage
@@ -19,7 +21,7 @@ from distllm.tracking.base import Tracker, make_trackers
 from distllm.tracking.console import setup_logging
 from distllm.tracking.progress import progress
 from distllm.train.checkpoint import Checkpoints
-from distllm.train.files import atomic_write_json
+from distllm.train.files import atomic_write_json, free_bytes
 from distllm.train.intervals import paired_interval
 from distllm.train.loop import Loop
 from distllm.train.rng import seed_all
@@ -75,6 +77,13 @@ def run_stage(config: Config, stop: StopFlag | None = None) -> StageResult:
         tracker = make_trackers(config.tracking, run.path, first.ranks.is_main, to_dict(config))
         try:
             return _train(config, run.path, builder, parts, tracker, stop)
+        except Exception as error:
+            if disk_is_full(error):
+                raise CheckpointError(
+                    f"The disk of {run.path} is full ({free_bytes(run.path)} bytes free): {error}. The last "
+                    "checkpoint is intact; make room, then start again to go on from it."
+                ) from error
+            raise
         finally:
             tracker.close()
             for engine in parts.engines.values():
@@ -151,6 +160,13 @@ def _train(
         },
     )
     return StageResult(True, folder, metrics)
+
+
+def disk_is_full(error: Exception) -> bool:
+    """Recognise a full disk or quota, whichever library reports it."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return type(error).__name__ == "SafetensorError" and "os error 28" in str(error)
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
