@@ -77,7 +77,12 @@ def draw(
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 8, "path.simplify": True}
+    style: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        "font.size": 8,
+        "path.simplify": True,
+    }
     with mpl.rc_context(style):
         units = width / PX_PER_UNIT, height / PX_PER_UNIT
         figure = Figure(figsize=(units[0] / 72, units[1] / 72))

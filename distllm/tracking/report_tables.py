@@ -139,7 +139,8 @@ def lineage_rows(run: RunData) -> list[dict[str, str]]:
     rows = []
     for stage in run.stages:
         lineage = stage.lineage
-        data = lineage.get("data") if isinstance(lineage.get("data"), dict) else {}
+        data = lineage.get("data")
+        data = data if isinstance(data, dict) else {}
         rows.append(
             {
                 "stage": stage_title(stage),

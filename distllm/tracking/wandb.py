@@ -49,7 +49,7 @@ class WandbTracker:
         self._run: Any = None
         self._stopped = False
         self._step = 0
-        self._samples: list[list[Any]] = []
+        self._samples: list[Any] = []
 
     @property
     def run_id(self) -> str:
@@ -102,9 +102,7 @@ class WandbTracker:
             return
         try:
             action()
-        except (
-            Exception
-        ) as error:  # a tracker must never stop training, whatever the library raises
+        except Exception as error:  # whatever the library raises: training goes on
             self._stopped = True
             self._warn(_first_line(error))
 
@@ -162,11 +160,12 @@ class WandbTracker:
             )
             self.mode = "offline"
             self._init(wandb, {})
+        run: Any = self._run
         if self.mode == "offline":
-            folder = Path(self._run.settings.sync_dir)
+            folder = Path(run.settings.sync_dir)
             logger.info("wandb: offline. Upload later with: wandb sync %s", folder)
         elif self.mode == "online":
-            logger.info("wandb: %s", self._run.url)
+            logger.info("wandb: %s", run.url)
 
     def _init(self, wandb: Any, how: dict[str, str]) -> None:
         self._run = wandb.init(
@@ -185,7 +184,7 @@ class WandbTracker:
             return
         import wandb
 
-        table = wandb.Table(columns=list(SAMPLE_COLUMNS), data=self._samples)
+        table = wandb.Table(list(SAMPLE_COLUMNS), self._samples, allow_mixed_types=True)
         self._started().log({"samples": table}, step=self._step)
         self._samples = []
 

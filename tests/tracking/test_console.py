@@ -71,7 +71,8 @@ def test_terminal_gets_a_bar_and_log_lines_stay_whole():
     output = run(WORK.format(is_main=True), terminal=True)
     assert "\x1b[" in output and "━" in output
     assert "200/200" in output and "ETA" in output and "loss 4.5" in output
-    assert "saved [bold]step 50\r\n" in output
+    # The bar's line is erased before the log line is written in its place.
+    assert "\r\x1b[2Ksaved [bold]step 50\r\n" in output
 
 
 def test_other_ranks_show_nothing():

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from distllm.errors import ConfigError, EngineError
-from distllm.tracking.base import make_trackers
+from distllm.tracking.base import MultiTracker, make_trackers
 from distllm.tracking.lines import read_jsonl
 from distllm.tracking.options import TrackingOptions
 
@@ -153,6 +153,17 @@ def test_only_the_main_rank_writes(tmp_path):
     tracker.restore({"jsonl": {"metrics_bytes": 3}}, 1)
     tracker.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_closing_goes_on_after_one_tracker_fails(tmp_path):
+    class Failing:
+        def close(self):
+            raise RuntimeError("no")
+
+    files = trackers(tmp_path).trackers["jsonl"]
+    with pytest.raises(RuntimeError, match="no"):
+        MultiTracker({"jsonl": files, "other": Failing()}).close()
+    assert files.metrics._file.closed and files.samples._file.closed
 
 
 def test_unknown_tracker_names_the_nearest(tmp_path):

@@ -138,7 +138,7 @@ def test_pointer_shows_the_values_under_it(report, tmp_path):
     assert numbers[1:] == pytest.approx([train_loss, eval_loss], rel=1e-3)
 
 
-@pytest.mark.parametrize("width", [1440, 700])
+@pytest.mark.parametrize("width", [1440, 500])
 def test_nothing_is_wider_than_the_screen(report, tmp_path, width):
     probe = """<script>document.body.dataset.wide =
       document.documentElement.scrollWidth + " " + innerWidth;</script></body>"""

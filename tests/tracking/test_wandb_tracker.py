@@ -5,11 +5,11 @@ import json
 import logging
 import math
 import os
-import socket
 import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 from wandb_file import history
@@ -125,64 +125,90 @@ def test_mode_follows_the_environment(monkeypatch, key, mode, expected):
     assert ours.wandb_mode() == expected
 
 
-class RefusingServer(http.server.BaseHTTPRequestHandler):
-    """Answers every request with a GraphQL error and keeps what was asked."""
+@pytest.fixture
+def server(monkeypatch):
+    """A server that keeps what it is asked and answers with GraphQL errors, or never if `hangs` is set."""
 
-    asked: list[dict] = []
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            found.queries.append(body["query"].split("(")[0].split()[-1])
+            found.variables.append(body["variables"])
+            if found.hangs:
+                found.closing.wait(30)
+                return
+            answer = json.dumps({"errors": [{"message": "no such thing here"}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
 
-    def do_POST(self):
-        self.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-        body = json.dumps({"errors": [{"message": "no such thing here"}]}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        def log_message(self, *args):
+            pass
 
-    def log_message(self, *args):
-        pass
-
-
-def test_online_resume_asks_to_rewind_then_to_resume_then_goes_offline(
-    tmp_path, monkeypatch, caplog
-):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), RefusingServer)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    found = types.SimpleNamespace(queries=[], variables=[], hangs=False, closing=threading.Event())
+    listening = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=listening.serve_forever)
+    thread.start()
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{listening.server_port}")
+    yield found
+    found.closing.set()
+    listening.shutdown()
+    listening.server_close()
+    thread.join()
+
+
+ON_SERVER = {"wandb": {"run_id": "abc12345", "mode": "online"}, "jsonl": {"metrics_bytes": 32}}
+
+
+def test_online_resume_asks_to_rewind_then_to_resume_then_goes_offline(tmp_path, server, caplog):
     run_dir = tmp_path / "run"
-    (run_dir).mkdir()
+    run_dir.mkdir()
     (run_dir / "metrics.jsonl").write_text('{"step": 4, "train/loss": 0.25}\n')
     tracker = trackers(run_dir)
-    state = {"wandb": {"run_id": "abc12345", "mode": "online"}, "jsonl": {"metrics_bytes": 32}}
     with caplog.at_level(logging.WARNING):
-        tracker.restore(state, 4)
+        tracker.restore(ON_SERVER, 4)
         tracker.log(5, {"train/loss": 0.5})
         tracker.close()
-    server.shutdown()
-    server.server_close()
-    queries = [body["query"].split("(")[0].split()[-1] for body in RefusingServer.asked]
-    assert queries == ["RewindRun", "RunResumeStatus"]
-    rewind = RefusingServer.asked[0]["variables"]
+    assert server.queries == ["RewindRun", "RunResumeStatus"]
+    rewind = server.variables[0]
     assert (rewind["runName"], rewind["metricValue"]) == ("abc12345", 4)
     assert caplog.text.count("cannot start online") == 1
     (log,) = logs(run_dir)
     assert {step: row["train/loss"] for step, row in history(log).items()} == {4: 0.25, 5: 0.5}
 
 
-def test_server_that_never_answers_delays_but_does_not_stop(tmp_path, monkeypatch, caplog):
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        silent.listen()
-        monkeypatch.setenv("WANDB_API_KEY", KEY)
-        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        monkeypatch.setattr(ours, "INIT_TIMEOUT_S", 2.0)
-        tracker = trackers(tmp_path / "run")
-        tracker.log(1, {"train/loss": 1.0})
-        start = time.monotonic()
-        tracker.close()
-        assert time.monotonic() - start < 11
+def test_server_that_never_answers_is_asked_once_and_does_not_stop(
+    tmp_path, server, monkeypatch, caplog
+):
+    server.hangs = True
+    monkeypatch.setattr(ours, "INIT_TIMEOUT_S", 2.0)
+    run_dir = tmp_path / "run"
+    tracker = trackers(run_dir)
+    tracker.restore(ON_SERVER, 4)
+    tracker.log(5, {"train/loss": 1.0})
+    start = time.monotonic()
+    tracker.close()
+    assert time.monotonic() - start < 11
+    assert set(server.queries) == {"RewindRun"}
     assert caplog.text.count("going on offline") == 1
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == '{"step": 1, "train/loss": 1.0}\n'
+    assert (run_dir / "metrics.jsonl").read_text() == '{"step": 5, "train/loss": 1.0}\n'
+    assert len(logs(run_dir)) == 1
+
+
+def test_close_gives_up_on_a_library_that_hangs(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(ours, "CLOSE_TIMEOUT_S", 0.3)
+    tracker = trackers(tmp_path / "run")
+    tracker.log(1, {"train/loss": 1.0})
+    finish, go_on = tracker.trackers["wandb"]._run.finish, threading.Event()
+    monkeypatch.setattr(tracker.trackers["wandb"]._run, "finish", lambda: go_on.wait(60))
+    start = time.monotonic()
+    tracker.close()
+    assert time.monotonic() - start < 5
+    assert "did not finish uploading within 0.3 s" in caplog.text
+    go_on.set()
+    finish()
 
 
 def test_failure_in_the_middle_warns_once_and_logging_goes_on(tmp_path, caplog):
