@@ -1,4 +1,4 @@
-"""Rebuild a module with a bug written into its source, so that a test can show that it would notice."""
+"""Rebuild a module with a bug written into its source, so that a test can show it would notice."""
 
 import inspect
 from types import ModuleType

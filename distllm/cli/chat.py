@@ -10,9 +10,9 @@ from distllm.cli.arguments import split
 HELP = """
 usage: distllm chat model=DIR [system=TEXT] [temperature=T] [max_new_tokens=N] [key=value ...]
 
-Answers appear as they are written and see the whole conversation. When it no longer fits the model, the oldest turns
-are dropped. /reset starts anew, /exit or Ctrl-D ends, Ctrl-C cuts an answer short. Lines may also come from a pipe:
-each is one message, and only the answers are written to stdout.
+Answers appear as they are written and see the whole conversation. When it no longer fits the
+model, the oldest turns are dropped. /reset starts anew, /exit or Ctrl-D ends, Ctrl-C cuts an answer
+short. Lines may also come from a pipe: each is one message, and only answers go to stdout.
 
 Examples:
   distllm chat model=runs/demo/grpo/model
@@ -57,7 +57,7 @@ class Conversation:
         self.voice = voice
         self.system = [{"role": "system", "content": system}] if system else []
         self.messages: list[dict[str, str]] = []
-        """User and assistant in turns; the system message is kept apart, because it is never dropped."""
+        """User and assistant in turns; the system message stands apart: it is never dropped."""
         self.num_answers = 0
 
     def reset(self) -> None:
@@ -109,8 +109,8 @@ class Conversation:
                 break
             if len(self.messages) < 3:
                 raise DataError(
-                    f"The message takes {len(prompt_ids)} tokens; with {room} for the answer the model "
-                    f"reads at most {context}. Send {len(prompt_ids) + room - context} tokens less."
+                    f"The message takes {len(prompt_ids)} tokens; with {room} for the answer the "
+                    f"model reads at most {context}. Send {len(prompt_ids) + room - context} tokens less."
                 )
             self.messages = self.messages[2:]
             num_dropped += 1

@@ -6,9 +6,10 @@ from distllm.cli import speaker
 from distllm.cli.arguments import split
 
 HELP = """
-usage: distllm generate model=DIR prompt=TEXT [chat=true] [num_samples=N] [temperature=T] [seed=N] [key=value ...]
+usage: distllm generate model=DIR prompt=TEXT [chat=true] [num_samples=N] [key=value ...]
 
-Continues the prompt, or with chat=true answers it as a user's message. Only what the model writes is printed.
+Continues the prompt, or with chat=true answers it as a user's message. Only what the model writes
+is printed.
 
 Examples:
   distllm generate model=runs/demo/pretrain/model prompt="The module os provides" temperature=0.8
@@ -42,9 +43,10 @@ def run(arguments: Sequence[str]) -> int:
     if _TRUTH[chat]:
         prompt_ids = encode_prompt(voice.tokenizer, [{"role": "user", "content": prompt}])
     else:
-        bos = voice.tokenizer.bos_token_id
-        starts_with_bos = bos is not None and voice.tokenizer("").input_ids[:1] == [bos]
-        prompt_ids = [bos] * starts_with_bos + encode_texts(voice.tokenizer, [prompt])[0]
+        # The begin-of-sequence token, for a tokenizer that begins with one.
+        first = voice.tokenizer("").input_ids[:1]
+        starts = first if first == [voice.tokenizer.bos_token_id] else []
+        prompt_ids = [*starts, *encode_texts(voice.tokenizer, [prompt])[0]]
     for number, rollout in enumerate(voice.generate(prompt_ids, num_samples), start=1):
         if num_samples > 1:
             length = len(rollout.response_ids)

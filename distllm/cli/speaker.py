@@ -21,7 +21,7 @@ OWN = {
     "max_new_tokens": "most tokens of a response (generation.max_new_tokens)",
     "temperature": "0 takes the likeliest token; higher varies more (generation.temperature)",
     "top_k": "draw among the k likeliest tokens; 0 is off (generation.top_k)",
-    "top_p": "draw among the likeliest tokens holding this probability; 1 is off (generation.top_p)",
+    "top_p": "draw among the likeliest tokens with this probability; 1 is off (generation.top_p)",
     "seed": "equal seeds give equal responses (run.seed)",
 }
 
@@ -123,12 +123,13 @@ def load(verb: str, given: Arguments, own: dict[str, str]) -> Speaker:
         hardware=config.hardware,
         precision=config.train.precision,
     )
-    pad_id = tokenizer.pad_token_id
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    pad_id: Any = next(i for i in ids if i is not None)
     return Speaker(
         engine,
         tokenizer,
         config.generation,
         config.run.seed,
         end_ids(tokenizer),
-        (tokenizer.eos_token_id or 0) if pad_id is None else pad_id,
+        pad_id,
     )

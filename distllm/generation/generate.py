@@ -1,4 +1,4 @@
-"""Batched sampling with a key/value cache: prompts in; ids, log-probabilities and finish reasons out.
+"""Batched sampling with a key/value cache: prompts in; ids, log-probabilities, reasons out.
 
 One token's arithmetic is in `sampling.py`, its noise in `noise.py`. Text is not known here, but for
 stop strings. Who samples, and what for, is in `rl/`, `train/evaluate.py` and `cli/`.
@@ -18,11 +18,11 @@ from distllm.generation.noise import uniforms
 from distllm.generation.options import GenerationOptions, check_options
 from distllm.generation.sampling import pick
 from distllm.generation.weights import lowered
-from distllm.layers.precision import compute_dtype
+from distllm.layers.precision import compute_dtype, wide
 from distllm.types import Model, Rollout
 
 COMPACT_FRACTION = 0.25
-"""Finished rows are dropped from the batch when they make up this share of it: each drop copies the cache."""
+"""Finished rows leave the batch when they make up this share of it: each drop copies the cache."""
 
 
 def generate(
@@ -71,7 +71,7 @@ def generate(
     if not prompt_ids:
         check_options(options)
         return []
-    with lowered(model, _dtype(model)), _inference(model):
+    with lowered(model, _dtype(model)), _inference(model):  # type: ignore[arg-type]
         decoding = Decoding(
             model,
             prompt_ids,
@@ -100,10 +100,10 @@ def stream(
 ) -> Iterator[int]:
     """Yield the tokens of one response as they are drawn: those `generate` returns for this prompt.
 
-    The end token is yielded too. Until the stream ends or is closed the model may hold its matrices in
-    the dtype of the computation; grad and eval mode are put back between tokens.
+    The end token is yielded too. Until the stream ends or is closed the model may hold its
+    matrices in the dtype of the computation; grad and eval mode are put back between tokens.
     """
-    with lowered(model, _dtype(model)):
+    with lowered(model, _dtype(model)):  # type: ignore[arg-type]
         with _inference(model):
             decoding = Decoding(
                 model,
@@ -124,10 +124,10 @@ def stream(
 
 
 class Decoding:
-    """A batch of responses that grow by one token per `step`. Rows of the batch share the cache's columns.
+    """A batch of responses that grow by one token per `step`; its rows share the cache's columns.
 
-    Rows are (prompt, sample) pairs. `rows` lists the ones still in the batch; results are stored under
-    their original number, so that dropping finished rows moves nothing.
+    Rows are (prompt, sample) pairs. `rows` lists the ones still in the batch; results are stored
+    under their original number, so that dropping finished rows moves nothing.
     """
 
     def __init__(
@@ -146,8 +146,8 @@ class Decoding:
         check_options(options)
         if options.stop and decode is None:
             raise ConfigError(
-                f"generation.stop={options.stop} can only be found in text, and no decode function was "
-                "given. Pass decode=tokenizer.decode, or leave generation.stop empty."
+                f"generation.stop={options.stop} can only be found in text, and no decode function "
+                "was given. Pass decode=tokenizer.decode, or leave generation.stop empty."
             )
         context = model.options.max_seq_len
         _check_prompts(prompt_ids, prompt_indices, context)
@@ -172,7 +172,9 @@ class Decoding:
         ).to(self.device)
         self.ends = torch.tensor(list(end_ids), dtype=torch.int64, device=self.device)
         self.tokens = torch.zeros(num_rows, num_positions, dtype=torch.int64, device=self.device)
-        self.logprobs: Tensor | None = None
+        self.logprobs = torch.zeros(
+            num_rows, num_positions, dtype=wide(compute_dtype(weight)), device=self.device
+        )
         self.lengths = torch.zeros(num_rows, dtype=torch.int64, device=self.device)
         self.stopped = torch.zeros(num_rows, dtype=torch.bool, device=self.device)
         self.rows = torch.arange(num_rows, device=self.device)
@@ -216,8 +218,6 @@ class Decoding:
             self._forward(self.tokens[self.rows, self.num_steps - 1])
         position = self.num_steps
         tokens, logprobs = pick(self.logits, self.noise[self.rows, position], self.options)
-        if self.logprobs is None:
-            self.logprobs = torch.zeros(self.tokens.shape, dtype=logprobs.dtype, device=self.device)
         self.tokens[self.rows, position] = tokens
         self.logprobs[self.rows, position] = logprobs
         self.num_steps += 1
@@ -247,7 +247,7 @@ class Decoding:
         self.logits = self.model.head.logits(hidden[:, -1])
 
     def _contain_stop(self, position: int) -> Tensor:
-        """Return which rows' text holds a stop string that the newest token completed, bool `[rows]`."""
+        """Return whose text holds a stop string that the newest token completed, bool `[rows]`."""
         # A token is at least one byte long, so the string lies within this many last tokens.
         span = max(len(text.encode()) for text in self.options.stop) + 4
         tails = self.tokens[self.rows, max(0, position + 1 - span) : position + 1].tolist()
@@ -257,7 +257,7 @@ class Decoding:
         return torch.tensor(hits, device=self.device)
 
     def _compact(self) -> None:
-        """Drop finished rows, and the columns that are padding in every row left, when it pays or must be."""
+        """Drop finished rows, and columns that are padding in all others, when it pays or must be."""
         num_done = int(self.done.sum())
         full = self.cache.length >= self.model.options.max_seq_len
         if num_done < len(self.rows) and not full and num_done < COMPACT_FRACTION * len(self.rows):
@@ -266,7 +266,7 @@ class Decoding:
         self.rows, self.pads, self.done = self.rows[kept], self.pads[kept], self.done[kept]
         if not len(kept):
             return
-        # Columns are not positions: behind a long pad, a short prompt could run out of columns first.
+        # Columns are not positions: behind a long pad, a short prompt would run out of them first.
         margin = int(self.pads.min())
         self.cache.data = self.cache.data[..., margin:, :]
         self.cache.length -= margin
@@ -276,7 +276,7 @@ class Decoding:
 
     def check(self) -> None:
         """Raise EngineError if a token was drawn from logits that are NaN."""
-        if self.logprobs is None or bool(torch.isfinite(self.logprobs).all()):
+        if bool(torch.isfinite(self.logprobs).all()):
             return
         row, position = (~torch.isfinite(self.logprobs)).nonzero()[0].tolist()
         raise EngineError(
@@ -288,7 +288,6 @@ class Decoding:
     def rollouts(self) -> list[Rollout]:
         """Return the finished responses, ordered by prompt, then by sample index."""
         self.check()
-        assert self.logprobs is not None
         tokens, logprobs = self.tokens.cpu(), self.logprobs.cpu()
         lengths, stopped = self.lengths.tolist(), self.stopped.tolist()
         return [
@@ -331,6 +330,6 @@ def _check_prompts(
             raise DataError(f"prompt {index} is empty: nothing could predict its first token.")
         if len(ids) >= context:
             raise DataError(
-                f"prompt {index} has {len(ids)} tokens, but the model reads at most {context}, prompt "
-                f"and response together. Shorten the prompt to {context - 1} tokens or fewer."
+                f"prompt {index} has {len(ids)} tokens, but the model reads at most {context}, "
+                f"prompt and response together. Shorten the prompt to {context - 1} tokens or fewer."
             )

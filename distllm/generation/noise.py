@@ -1,8 +1,8 @@
 """Random numbers that depend on what is sampled, not on when or beside what.
 
-The noise of a token is a hash of (seed, prompt index, sample index, position). So a response comes out
-the same alone, in any batch, after any other call and on any number of processes, up to the rounding
-of the model itself. Python's, numpy's and torch's generators are neither read nor moved.
+The noise of a token is a hash of (seed, prompt index, sample index, position). So a response comes
+out the same alone, in any batch, after any other call and on any number of processes, up to the
+rounding of the model itself. Python's, numpy's and torch's generators are neither read nor moved.
 
 Reference: Steele, Lea, Flood, 2014, "Fast splittable pseudorandom number generators" (SplitMix64).
 """
@@ -16,7 +16,7 @@ _BITS = 40  # of a uniform: finer than float32 probabilities, and u * total < to
 
 
 def derive_seed(*parts: int) -> int:
-    """Hash integers, in order, to one seed: `derive_seed(run_seed, step)` gives each step its own noise."""
+    """Hash integers, in order, to one seed: `derive_seed(run_seed, step)` differs for each step."""
     return int(_keys(*(np.asarray([part]) for part in parts))[0] >> np.uint64(1))
 
 
@@ -35,7 +35,7 @@ def uniforms(
 
 
 def _keys(*columns: np.ndarray) -> np.ndarray:
-    """Hash the rows of integer columns `[rows]` to uint64 `[rows]`; the order of the columns matters."""
+    """Hash the rows of integer columns `[rows]` to uint64 `[rows]`; their order matters."""
     keys = np.zeros(columns[0].shape, dtype=np.uint64)
     for column in columns:
         keys = _mix((keys ^ column.astype(np.int64).view(np.uint64)) + _INCREMENT)
@@ -43,7 +43,7 @@ def _keys(*columns: np.ndarray) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's output function: a bijection of uint64 in which each input bit moves half the output bits."""
+    """SplitMix64's output function: a bijection; each input bit moves half the output bits."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -12,11 +12,12 @@ class GenerationOptions:
     max_new_tokens: int = 64
     """Most tokens of a response. A response also ends where the model's context is full."""
     temperature: float = 1.0
-    """Divides the logits before the softmax: below 1 sharpens, above 1 flattens, 0 always takes the likeliest token."""
+    """Divides the logits before the softmax: below 1 sharpens, above 1 flattens, 0 always takes the
+    likeliest token."""
     top_k: int = 0
     """Draw among the k likeliest tokens only; 0 draws among all."""
     top_p: float = 1.0
-    """Draw among the likeliest tokens that together hold this much probability; 1 draws among all."""
+    """Draw among the likeliest tokens that together hold this probability; 1 draws among all."""
     stop: list[str] = field(default_factory=list)
     """Texts that end a response as soon as it contains one of them (the text itself is kept)."""
 
@@ -34,7 +35,8 @@ def check_options(options: GenerationOptions) -> None:
         )
     if not 0 <= options.temperature < float("inf"):
         problems.append(
-            f"generation.temperature={options.temperature} must be 0 (likeliest token) or more. Set 1.0."
+            f"generation.temperature={options.temperature} must be 0 (likeliest token) or more. "
+            "Set 1.0."
         )
     if options.top_k < 0:
         problems.append(f"generation.top_k={options.top_k} must be 0 (off) or more. Set 0.")

@@ -1,4 +1,4 @@
-"""From logits to a token and its log-probability, for all rows at once. Where the noise comes from is in `noise.py`."""
+"""From logits to a token and its log-probability, for all rows at once. Noise is in `noise.py`."""
 
 import torch
 import torch.nn.functional as F
@@ -57,10 +57,10 @@ def restrict(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def _invert_cdf(probs: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the first token whose cumulative probability exceeds `uniforms`, and its log-probability.
+    """Return the first token whose cumulative probability exceeds `uniforms`, and its logprob.
 
-    A running sum over the vocabulary costs more than the softmax, so blocks are summed first and only
-    the block that holds the answer is looked into.
+    A running sum over the vocabulary costs more than the softmax, so blocks are summed first and
+    only the block that holds the answer is looked into.
     """
     rows, vocab = probs.shape
     if vocab % _BLOCK:
@@ -74,8 +74,8 @@ def _invert_cdf(probs: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     start = torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), 0.0)
     inside = blocks[torch.arange(rows, device=probs.device), block[:, 0]].to(torch.float64)
     running = inside.cumsum(dim=-1)
-    # As a fraction of the block: its sum and its running sum may differ in the last bit, and a token
-    # of probability zero must never be drawn.
+    # As a fraction of the block: its sum and its running sum may differ in the last bit, and a
+    # token of probability zero must never be drawn.
     fraction = ((target - start) / (end - start)).clamp(max=1 - 2.0**-40)
     offset = (running <= fraction * running[:, -1:]).sum(dim=-1, keepdim=True)
     offset = offset.clamp(max=_BLOCK - 1)

@@ -1,4 +1,4 @@
-"""Token ids to text while they arrive. For finished responses the tokenizer's own `decode` is enough."""
+"""Token ids to text while they arrive. For finished responses the tokenizer's `decode` is enough."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ _BROKEN = "\ufffd"  # what a decoder writes for bytes that are no character (yet
 
 
 class TextStream:
-    """Turns tokens into text piece by piece; a character split over tokens appears once it is whole.
+    """Turns tokens into text piece by piece; a character split over tokens comes out whole.
 
     The pieces, joined, are the text of all tokens. Bytes that never become a character come out as
     U+FFFD, at the latest with `flush`.

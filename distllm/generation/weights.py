@@ -1,6 +1,7 @@
 """Weights in the dtype of the computation for the length of one call.
 
-Under autocast every matrix product casts its fp32 weight again: for a rollout of 64 tokens, 64 times.
+Autocast casts a frozen fp32 weight again for every product: for a rollout of 64 tokens, 64 times.
+(It caches the casts of trainable ones, until the outermost autocast ends: a source of stale copies.)
 """
 
 from collections.abc import Iterator
@@ -15,12 +16,12 @@ from torch import Tensor, nn
 def lowered(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Hold the model's fp32 matrices in `dtype` inside the `with`; outside they are what they were.
 
-    The arithmetic is autocast's: products run in `dtype`; vectors (norms) and what an embedding looks
-    up stay in fp32, so that the sampler does not drift from the training pass.
+    The arithmetic is autocast's: products run in `dtype`; vectors (norms) and what an embedding
+    looks up stay in fp32, so that the sampler does not drift from the training pass.
 
-    The copies are made at the start and dropped at the end, so no later call can see stale ones. The
-    fp32 tensors themselves are kept, not converted back: not a bit of them changes. Nothing may train
-    inside.
+    The copies are made at the start and dropped at the end, so no later call can see stale ones.
+    The fp32 tensors themselves are kept, not converted back: not a bit of them changes. Nothing may
+    train inside.
     """
     matrices = [p for p in model.parameters() if p.ndim >= 2 and p.dtype == torch.float32]
     originals = [(p, p.data) for p in matrices] if dtype != torch.float32 else []

@@ -1,4 +1,4 @@
-"""`distllm generate` and `distllm chat`, from the command line to the text, against a plain argmax loop."""
+"""`distllm generate` and `distllm chat`, from command line to text, against an argmax loop."""
 
 import io
 import os
@@ -140,7 +140,7 @@ def test_a_model_without_tokenizer_names_the_way_out(folder, tokenizer, tmp_path
 
 
 def test_chat_through_a_pipe_remembers(folder, tokenizer, monkeypatch, capsys):
-    """Two turns, a reset, the first turn again; blank lines are skipped, nothing after /exit is read."""
+    """Two turns, a reset, the first turn again; blank lines and all after /exit are skipped."""
     feed(monkeypatch, "the cat\n\n   \nthe dog\n/reset\nthe cat\n/exit\nthe mat\n")
     assert chat(folder) == 0
     messages, answers = [], []

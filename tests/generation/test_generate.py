@@ -1,4 +1,4 @@
-"""Batched sampling with a cache against transformers, against itself alone, and against full forwards."""
+"""Batched sampling with a cache against transformers, itself alone, and full forwards."""
 
 from collections import Counter
 
@@ -241,7 +241,7 @@ def test_finished_rows_leave_the_batch(model):
 
 
 def full_forward_logprobs(model, rollout, temperature=1.0):
-    """Log-softmax of a forward over prompt and response, without cache or padding: `[response, vocab]`."""
+    """Log-softmax of a forward over the sequence, without cache or padding: `[response, vocab]`."""
     sequence = torch.tensor([rollout.prompt_ids + rollout.response_ids])
     with torch.no_grad():
         logits = model(sequence).logits[0].double()
@@ -281,7 +281,8 @@ def test_trap_29_logprobs(model, monkeypatch):
     for old, new in [
         (
             "self.logprobs[self.rows, position] = logprobs",
-            "self.logprobs[self.rows, position] = torch.log_softmax(self.logits, -1).gather(1, tokens[:, None])[:, 0]",
+            "self.logprobs[self.rows, position] = "
+            "torch.log_softmax(self.logits, -1).gather(1, tokens[:, None])[:, 0]",
         ),
         (
             "self.tokens[self.rows, position] = tokens",

@@ -35,7 +35,7 @@ def test_each_key_matters_and_nothing_else():
 
 
 def test_uniform_and_uncorrelated():
-    """Kolmogorov-Smirnov at 1e-6 (critical value 2.7 / sqrt(n)), and lag correlations within 5 sigma."""
+    """Kolmogorov-Smirnov at 1e-6 (critical value 2.7 / sqrt(n)); correlations within 5 sigma."""
     grid = uniforms(5, np.repeat(np.arange(100), 10), np.tile(np.arange(10), 100), 100)
     assert grid.min() > 0 and grid.max() < 1
     ordered = np.sort(grid.ravel())

@@ -1,4 +1,4 @@
-"""One draw against the softmax, top-k and top-p against a brute-force set, the search against numpy's."""
+"""One draw against the softmax, top-k and top-p against brute force, the search against numpy."""
 
 import numpy as np
 import pytest
@@ -47,7 +47,7 @@ CASES = [
 
 
 def check_exact_frequencies(module):
-    """Noise swept evenly over (0, 1) hits each token in proportion to its probability, to 1 in n."""
+    """Noise swept evenly over (0, 1) hits each token as often as its probability, to 1 in n."""
     n = 20000
     sweep = torch.arange(n, dtype=torch.float64).add(0.5) / n
     for settings in CASES:

@@ -1,4 +1,6 @@
-"""Weights in bf16 for the length of a rollout: same results as autocast, nothing stale, nothing changed."""
+"""Weights in bf16 for the length of a rollout: autocast's results, nothing stale or changed."""
+
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -39,11 +41,45 @@ def test_trap_37_nothing_stale(monkeypatch):
     check_trap_37_nothing_stale(weights.lowered, monkeypatch)
     kept = with_bug(
         weights,
-        "parameter.data = original.to(dtype)",
-        "parameter.data = globals().setdefault('OLD', {}).setdefault(id(parameter), original.to(dtype))",
+        "parameter.data = data.to(dtype)",
+        "parameter.data = globals().setdefault('OLD', {})"
+        ".setdefault(id(parameter), data.to(dtype))",
     )
     with pytest.raises(AssertionError):
         check_trap_37_nothing_stale(kept.lowered, monkeypatch)
+
+
+def uneven():
+    """A model whose norms are not all ones, which every dtype could hold."""
+    model = tiny()
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn(parameter.shape, generator=noise), alpha=0.2)
+    return model
+
+
+def check_arithmetic_is_autocasts(lowered, monkeypatch):
+    """Token for token and bit for bit what autocast alone gives."""
+    monkeypatch.setattr(ours, "lowered", lambda *_: nullcontext())
+    plain = sample(uneven())
+    monkeypatch.setattr(ours, "lowered", lowered)
+    fast = sample(uneven())
+    assert ids(fast) == ids(plain)
+    for a, b in zip(fast, plain, strict=True):
+        assert torch.equal(a.rollout_logprobs, b.rollout_logprobs)
+
+
+def test_arithmetic_is_autocasts(monkeypatch):
+    check_arithmetic_is_autocasts(weights.lowered, monkeypatch)
+    for old, new in [
+        ("return F.embedding(args[0], table)", "return output"),
+        ("if p.ndim >= 2 and", "if"),
+    ]:
+        broken = with_bug(weights, old, new)
+        with pytest.raises(AssertionError):
+            check_arithmetic_is_autocasts(broken.lowered, monkeypatch)
 
 
 def test_both_updates_inside_one_autocast_context():
@@ -70,12 +106,13 @@ def test_weights_are_untouched_bit_for_bit():
     for name, parameter in model.named_parameters():
         assert parameter.dtype == torch.float32 and parameter.data_ptr() == places[name]
         assert torch.equal(parameter, before[name])
+    assert not model.embed._forward_hooks
     model(torch.tensor([[1, 2, 3]])).logits.sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
 
 
 def test_logprobs_agree_with_the_training_path_in_bf16():
-    """Both in bf16 autocast: means within 0.01 nats, the line at which training would be called off policy."""
+    """Both in bf16 autocast: means within 0.01 nats, where others call training off policy."""
     model = tiny()
     rollouts = sample(model, max_new_tokens=40)
     batch = model.join([r.prompt_ids for r in rollouts], ids(rollouts), 0)

@@ -1,4 +1,4 @@
-"""Rewards: the rule, and both kinds of reward model against scores computed one response at a time."""
+"""Rewards: the rule, and reward models against scores computed one response at a time."""
 
 import math
 
@@ -77,7 +77,7 @@ def alone(engine, head, rollout):
 
 
 def check_trap_21_model_scores(module, head):
-    """Any batch size, any padding, and a padding id that is also a real token give the same scores."""
+    """Any batch size, padding, and a padding id that is also a real token: same scores."""
     judge = engine(head)
     for pad_id in (0, 7):
         rollouts = ragged(pad_id)

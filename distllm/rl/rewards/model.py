@@ -15,7 +15,7 @@ Join = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]], int], Batch]
 
 @register("reward")
 class RewardModel:
-    """The verdict of a reward model on exactly the ids that were sampled; text is not encoded again."""
+    """The verdict of a reward model on exactly the ids that were sampled; no text is re-encoded."""
 
     def __init__(self, engine: Engine, *, join: Join, pad_id: int, batch_size: int) -> None:
         """Score with the frozen model of `engine`.
