@@ -110,7 +110,7 @@ class Conversation:
             if len(self.messages) < 3:
                 raise DataError(
                     f"The message takes {len(prompt_ids)} tokens; with {room} for the answer the "
-                    f"model reads at most {context}. Send {len(prompt_ids) + room - context} tokens less."
+                    f"model reads at most {context}. Send {len(prompt_ids) + room - context} less."
                 )
             self.messages = self.messages[2:]
             num_dropped += 1

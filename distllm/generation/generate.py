@@ -1,7 +1,8 @@
 """Batched sampling with a key/value cache: prompts in; ids, log-probabilities, reasons out.
 
-One token's arithmetic is in `sampling.py`, its noise in `noise.py`. Text is not known here, but for
-stop strings. Who samples, and what for, is in `rl/`, `train/evaluate.py` and `cli/`.
+How a batch grows is in `decoding.py`, one token's arithmetic in `sampling.py`, its noise in
+`noise.py`. Text is not known here, but for stop strings. Who samples, and what for, is in `rl/`,
+`train/evaluate.py` and `cli/`.
 """
 
 from __future__ import annotations
@@ -11,18 +12,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from distllm.errors import ConfigError, DataError, EngineError
-from distllm.generation.noise import uniforms
+from distllm.errors import ConfigError
+from distllm.generation.decoding import Decoding
 from distllm.generation.options import GenerationOptions, check_options
-from distllm.generation.sampling import pick
 from distllm.generation.weights import lowered
-from distllm.layers.precision import compute_dtype, wide
+from distllm.layers.precision import compute_dtype
 from distllm.types import Model, Rollout
-
-COMPACT_FRACTION = 0.25
-"""Finished rows leave the batch when they make up this share of it: each drop copies the cache."""
 
 
 def generate(
@@ -123,186 +119,6 @@ def stream(
             yield int(decoding.tokens[0, decoding.num_steps - 1])
 
 
-class Decoding:
-    """A batch of responses that grow by one token per `step`; its rows share the cache's columns.
-
-    Rows are (prompt, sample) pairs. `rows` lists the ones still in the batch; results are stored
-    under their original number, so that dropping finished rows moves nothing.
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        prompt_ids: Sequence[Sequence[int]],
-        options: GenerationOptions,
-        *,
-        end_ids: Sequence[int],
-        pad_id: int,
-        seed: int,
-        prompt_indices: Sequence[int],
-        num_samples: int,
-        decode: Callable[[list[int]], str] | None = None,
-    ) -> None:
-        check_options(options)
-        if options.stop and decode is None:
-            raise ConfigError(
-                f"generation.stop={options.stop} can only be found in text, and no decode function "
-                "was given. Pass decode=tokenizer.decode, or leave generation.stop empty."
-            )
-        context = model.options.max_seq_len
-        _check_prompts(prompt_ids, prompt_indices, context)
-        weight = next(iter(model.parameters()))  # type: ignore[attr-defined]
-        self.model, self.options, self.decode = model, options, decode
-        self.device = weight.device
-        self.prompt_ids = [list(ids) for ids in prompt_ids]
-        self.prompt_indices, self.num_samples = list(prompt_indices), num_samples
-        self.num_steps = 0
-        num_rows = len(prompt_ids) * num_samples
-        lengths = torch.tensor([len(ids) for ids in prompt_ids])
-        self.limits = (context - lengths).clamp(max=options.max_new_tokens)
-        self.limits = self.limits.repeat_interleave(num_samples).to(self.device)
-        num_positions = int(self.limits.max())
-        self.noise = torch.from_numpy(
-            uniforms(
-                seed,
-                [index for index in prompt_indices for _ in range(num_samples)],
-                list(range(num_samples)) * len(prompt_ids),
-                num_positions,
-            )
-        ).to(self.device)
-        self.ends = torch.tensor(list(end_ids), dtype=torch.int64, device=self.device)
-        self.tokens = torch.zeros(num_rows, num_positions, dtype=torch.int64, device=self.device)
-        self.logprobs = torch.zeros(
-            num_rows, num_positions, dtype=wide(compute_dtype(weight)), device=self.device
-        )
-        self.lengths = torch.zeros(num_rows, dtype=torch.int64, device=self.device)
-        self.stopped = torch.zeros(num_rows, dtype=torch.bool, device=self.device)
-        self.rows = torch.arange(num_rows, device=self.device)
-        self.done = torch.zeros(num_rows, dtype=torch.bool, device=self.device)
-        self._prefill(lengths.to(self.device), pad_id, num_positions, compute_dtype(weight))
-
-    @property
-    def active(self) -> bool:
-        """True while some response can still grow."""
-        return len(self.rows) > 0
-
-    def _prefill(
-        self, lengths: Tensor, pad_id: int, num_positions: int, dtype: torch.dtype
-    ) -> None:
-        """Run the prompts, padded on the left, and give each row its prompt's cache and logits."""
-        width = int(lengths.max())
-        padded = [[pad_id] * (width - len(ids)) + ids for ids in self.prompt_ids]
-        self.pads = width - lengths
-        mask = torch.arange(width, device=self.device) >= self.pads[:, None]
-        self.any_pad = bool(self.pads.any())
-        # The last token of a response is never fed back.
-        self.cache = self.model.new_cache(
-            len(padded), width + num_positions - 1, dtype, self.device
-        )
-        hidden = self.model(
-            torch.tensor(padded, device=self.device),
-            mask if self.any_pad else None,
-            cache=self.cache,
-            compute_logits=False,
-        ).last_hidden_state
-        assert hidden is not None
-        self.logits = self.model.head.logits(hidden[:, -1])
-        if self.num_samples > 1:
-            self.cache = self.cache.repeat(self.num_samples)
-            self.logits = self.logits.repeat_interleave(self.num_samples, dim=0)
-            self.pads = self.pads.repeat_interleave(self.num_samples)
-
-    def step(self) -> None:
-        """Draw one token for every row in the batch, and compute the logits of the next."""
-        if self.num_steps:
-            self._forward(self.tokens[self.rows, self.num_steps - 1])
-        position = self.num_steps
-        tokens, logprobs = pick(self.logits, self.noise[self.rows, position], self.options)
-        self.tokens[self.rows, position] = tokens
-        self.logprobs[self.rows, position] = logprobs
-        self.num_steps += 1
-        ended = torch.isin(tokens, self.ends)
-        if self.options.stop:
-            ended |= self._contain_stop(position)
-        finished = (ended | (self.limits[self.rows] == self.num_steps)) & ~self.done
-        self.stopped[self.rows[finished & ended]] = True
-        self.lengths[self.rows[finished]] = self.num_steps
-        self.done |= finished
-        self._compact()
-
-    def _forward(self, tokens: Tensor) -> None:
-        """Feed the last tokens `[rows]` and keep the logits of the next."""
-        column = self.cache.length
-        mask = None
-        if self.any_pad:
-            mask = torch.arange(column + 1, device=self.device) >= self.pads[:, None]
-        hidden = self.model(
-            tokens[:, None],
-            mask,
-            position_ids=(column - self.pads)[:, None],
-            cache=self.cache,
-            compute_logits=False,
-        ).last_hidden_state
-        assert hidden is not None
-        self.logits = self.model.head.logits(hidden[:, -1])
-
-    def _contain_stop(self, position: int) -> Tensor:
-        """Return whose text holds a stop string that the newest token completed, bool `[rows]`."""
-        # A token is at least one byte long, so the string lies within this many last tokens.
-        span = max(len(text.encode()) for text in self.options.stop) + 4
-        tails = self.tokens[self.rows, max(0, position + 1 - span) : position + 1].tolist()
-        assert self.decode is not None
-        texts = [self.decode(tail) for tail in tails]
-        hits = [any(stop in text for stop in self.options.stop) for text in texts]
-        return torch.tensor(hits, device=self.device)
-
-    def _compact(self) -> None:
-        """Drop finished rows, and columns that are padding in all others, when it pays or must be."""
-        num_done = int(self.done.sum())
-        full = self.cache.length >= self.model.options.max_seq_len
-        if num_done < len(self.rows) and not full and num_done < COMPACT_FRACTION * len(self.rows):
-            return
-        kept = (~self.done).nonzero()[:, 0]
-        self.rows, self.pads, self.done = self.rows[kept], self.pads[kept], self.done[kept]
-        if not len(kept):
-            return
-        # Columns are not positions: behind a long pad, a short prompt would run out of them first.
-        margin = int(self.pads.min())
-        self.cache.data = self.cache.data[..., margin:, :]
-        self.cache.length -= margin
-        self.pads = self.pads - margin
-        self.any_pad = bool(self.pads.any())
-        self.cache = self.cache.select(kept)
-
-    def check(self) -> None:
-        """Raise EngineError if a token was drawn from logits that are NaN."""
-        if bool(torch.isfinite(self.logprobs).all()):
-            return
-        row, position = (~torch.isfinite(self.logprobs)).nonzero()[0].tolist()
-        raise EngineError(
-            f"the model's logits are NaN or infinite at response token {position} of prompt "
-            f"{self.prompt_indices[row // self.num_samples]}: its weights are damaged or training "
-            "diverged. Sample from an earlier checkpoint."
-        )
-
-    def rollouts(self) -> list[Rollout]:
-        """Return the finished responses, ordered by prompt, then by sample index."""
-        self.check()
-        tokens, logprobs = self.tokens.cpu(), self.logprobs.cpu()
-        lengths, stopped = self.lengths.tolist(), self.stopped.tolist()
-        return [
-            Rollout(
-                prompt_ids=list(self.prompt_ids[row // self.num_samples]),
-                response_ids=tokens[row, : lengths[row]].tolist(),
-                rollout_logprobs=logprobs[row, : lengths[row]].clone(),
-                finish_reason="stop" if stopped[row] else "length",
-                prompt_index=self.prompt_indices[row // self.num_samples],
-                sample_index=row % self.num_samples,
-            )
-            for row in range(len(lengths))
-        ]
-
-
 @contextmanager
 def _inference(model: Any) -> Iterator[None]:
     """Eval mode and no gradient; the modes found are put back."""
@@ -320,16 +136,3 @@ def _inference(model: Any) -> Iterator[None]:
 def _dtype(model: Any) -> torch.dtype:
     """Return the dtype heavy work runs in: autocast's if it is active, else that of the weights."""
     return compute_dtype(next(iter(model.parameters())))
-
-
-def _check_prompts(
-    prompt_ids: Sequence[Sequence[int]], prompt_indices: Sequence[int], context: int
-) -> None:
-    for ids, index in zip(prompt_ids, prompt_indices, strict=True):
-        if not ids:
-            raise DataError(f"prompt {index} is empty: nothing could predict its first token.")
-        if len(ids) >= context:
-            raise DataError(
-                f"prompt {index} has {len(ids)} tokens, but the model reads at most {context}, "
-                f"prompt and response together. Shorten the prompt to {context - 1} tokens or fewer."
-            )

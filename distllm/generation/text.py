@@ -1,4 +1,4 @@
-"""Token ids to text while they arrive. For finished responses the tokenizer's `decode` is enough."""
+"""Token ids to text while they arrive. For finished responses, see the tokenizer's `decode`."""
 
 from typing import Any
 

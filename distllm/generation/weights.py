@@ -1,7 +1,7 @@
 """Weights in the dtype of the computation for the length of one call.
 
 Autocast casts a frozen fp32 weight again for every product: for a rollout of 64 tokens, 64 times.
-(It caches the casts of trainable ones, until the outermost autocast ends: a source of stale copies.)
+(It caches casts of trainable ones until the outermost autocast ends: a source of stale copies.)
 """
 
 from collections.abc import Iterator

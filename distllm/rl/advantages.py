@@ -5,6 +5,7 @@ Nothing here knows a model, a batch or a rank. Who calls these, and with which s
 """
 
 from collections.abc import Callable
+
 import torch
 from torch import Tensor
 

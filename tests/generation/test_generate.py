@@ -10,6 +10,7 @@ from patched import with_bug
 from distllm.arch.decoder import Decoder, DecoderOptions
 from distllm.arch.io import load_model
 from distllm.errors import ConfigError, DataError, EngineError
+from distllm.generation import decoding
 from distllm.generation import generate as ours
 from distllm.generation.options import GenerationOptions
 
@@ -43,6 +44,13 @@ def run(
         num_samples=num_samples,
         prompt_indices=indices,
     )
+
+
+def broken(old, new):
+    """`generate.py` over a `decoding.py` with a bug."""
+    module = with_bug(ours, "import Decoding\n", "import Decoding\n")
+    module.Decoding = with_bug(decoding, old, new).Decoding
+    return module
 
 
 def ids(rollouts):
@@ -113,7 +121,7 @@ def test_greedy_equals_transformers(llama):
         ("mask if self.any_pad else None,\n            cache", "None,\n            cache"),
     ]:
         with pytest.raises(AssertionError):
-            check_greedy_equals_transformers(with_bug(ours, old, new), llama)
+            check_greedy_equals_transformers(broken(old, new), llama)
 
 
 def test_end_tokens_equal_transformers(llama):
@@ -180,7 +188,7 @@ def test_batch_composition(model):
         ("list(range(num_samples)) * len(prompt_ids)", "[0] * num_samples * len(prompt_ids)"),
     ]:
         with pytest.raises(AssertionError):
-            check_batch_composition(with_bug(ours, old, new), model)
+            check_batch_composition(broken(old, new), model)
 
 
 def test_seed_decides(model):
@@ -195,7 +203,8 @@ def check_compaction(module, model, monkeypatch):
     """Never, always and by the rule dropping finished rows gives the same responses."""
     results = []
     for fraction in (1.1, 0.0, 0.25):
-        monkeypatch.setattr(module, "COMPACT_FRACTION", fraction)
+        rules = module.Decoding.step.__globals__
+        monkeypatch.setitem(rules, "COMPACT_FRACTION", fraction)
         results.append(run(model, EARLY, module, end_ids=[1, 2, 3, 4, 5, 6], seed=2))
     for other in results[1:]:
         assert ids(other) == ids(results[0])
@@ -223,7 +232,7 @@ def test_compaction(model, monkeypatch):
         ),
     ]:
         with pytest.raises((AssertionError, RuntimeError, ValueError)):
-            check_compaction(with_bug(ours, old, new), model, monkeypatch)
+            check_compaction(broken(old, new), model, monkeypatch)
 
 
 def test_finished_rows_leave_the_batch(model):
@@ -291,7 +300,7 @@ def test_trap_29_logprobs(model, monkeypatch):
         ("logprobs[row, : lengths[row]].clone()", "logprobs[row, : lengths[row]].roll(1)"),
     ]:
         with pytest.raises(AssertionError):
-            check_logprobs(with_bug(ours, old, new), model)
+            check_logprobs(broken(old, new), model)
 
 
 def test_logprobs_equal_the_training_path(model):
