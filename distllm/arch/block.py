@@ -18,7 +18,7 @@ class Context:
     """What all blocks of one call share."""
 
     rotary: Rotary
-    """(cos, sin), each [1 or batch, seq, d_head / 2]."""
+    """(cos, sin) of the new tokens, each [1 or batch, seq, d_head]."""
     bias: Tensor | None = None
     """Additive attention bias [batch, 1, seq, kv_seq]; None = every query sees the keys up to its own column."""
     cache: KVCache | None = None
@@ -49,8 +49,10 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (self.n_kv_heads, self.d_head))
         rotary: Rotary | None = context.rotary
         if context.cache is not None:
-            k, v = context.cache.append(self.layer, rotate(k, rotary), v)
-            q, rotary = rotate(q, rotary), None
+            q, k, rotary = rotate(q, rotary), rotate(k, rotary), None
+            stored = context.cache.append(self.layer, k, v)
+            if context.cache.length:
+                k, v = stored
         mixed = attention(
             q,
             k,

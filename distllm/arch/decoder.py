@@ -174,6 +174,7 @@ class Decoder(nn.Module):
             position_ids=position_ids,
             segment_ids=segment_ids,
             past=past,
+            columns=None if cache is None else cache.max_seq_len,
             dtype=dtype,
             device=x.device,
         )

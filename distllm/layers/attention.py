@@ -30,7 +30,7 @@ def attention(
         causal: queries see no later column. With as many keys as queries; a `mask` given too must agree.
         mask: additive bias, broadcast to [batch, n_heads, seq, kv_seq].
         scale: factor on the dot products.
-        rotary: turn queries and keys first (cos, sin), each [1 or batch, seq, d_head / 2].
+        rotary: turn queries and keys first (cos, sin), each [1 or batch, seq, d_head].
 
     Returns:
         [batch, seq, n_heads, d_head].

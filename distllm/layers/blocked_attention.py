@@ -133,5 +133,7 @@ def _rotate_into(
         cos, sin = cos * scale, sin * scale
     low, high = x.chunk(2, dim=-1)
     out_low, out_high = out.chunk(2, dim=-1)
-    torch.mul(low, cos, out=out_low).addcmul_(high, sin, value=-1)
-    torch.mul(high, cos, out=out_high).addcmul_(low, sin)
+    sin_low, sin_high = sin.chunk(2, dim=-1)
+    torch.mul(x, cos, out=out)
+    out_low.addcmul_(high, sin_low)
+    out_high.addcmul_(low, sin_high)

@@ -39,9 +39,13 @@ class KVCache:
 
     @torch.no_grad()
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write `k`, `v` [batch, seq, n_kv_heads, d_head] of the new tokens; return all keys and values so far.
+        """Write `k`, `v` [batch, seq, n_kv_heads, d_head] of the new tokens.
 
         No gradient passes through a cache.
+
+        Returns:
+            (keys, values), each [batch, max_seq_len, n_kv_heads, d_head]: all columns, also those not written yet,
+            which must be masked. A slice would be shorter, but every matrix product would copy it first.
 
         Raises:
             ValueError: there is no room, or the number of rows differs.
@@ -54,10 +58,10 @@ class KVCache:
             )
         if k.shape[0] != self.batch_size:
             raise ValueError(f"the cache has {self.batch_size} rows, the input has {k.shape[0]}")
-        keys, values = self.data[layer, 0], self.data[layer, 1]
-        keys[:, :, self.length : end] = k.transpose(1, 2)
-        values[:, :, self.length : end] = v.transpose(1, 2)
-        return keys[:, :, :end].transpose(1, 2), values[:, :, :end].transpose(1, 2)
+        keys, values = (half.transpose(1, 2) for half in self.data[layer].unbind())
+        keys[:, self.length : end] = k
+        values[:, self.length : end] = v
+        return keys, values
 
     def advance(self, num_tokens: int) -> None:
         """Move `length` past the tokens that every layer has appended."""

@@ -7,6 +7,7 @@ segment; padding is segment 0. So no row of the attention matrix is ever empty, 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -17,7 +18,7 @@ class Layout:
     position_ids: Tensor
     """[1 or batch, seq] int64."""
     bias: Tensor | None
-    """[batch, 1, seq, kv_seq]: 0 where a query sees a key, a large negative number elsewhere. None = plain causal."""
+    """[1 or batch, 1, seq, kv_seq]: 0 where a query sees a key, a large negative number elsewhere. None = plain causal."""
 
 
 def lay_out(
@@ -27,6 +28,7 @@ def lay_out(
     position_ids: Tensor | None,
     segment_ids: Tensor | None,
     past: int,
+    columns: int | None = None,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Layout:
@@ -42,6 +44,7 @@ def lay_out(
         position_ids: [1 or batch, seq]; None derives them from the mask or the segments.
         segment_ids: [batch, seq] int64, 0 = padding; positions restart in every segment.
         past: how many columns are in the cache already.
+        columns: how many keys there are with `past` > 0: the cache's whole width, written or not.
         dtype: dtype of the bias.
         device: where to put new tensors.
     """
@@ -62,9 +65,10 @@ def lay_out(
     segments = segment_ids
     if attention_mask is not None:
         segments = attention_mask.long() if segments is None else segments * attention_mask
-    if segments is None and (past == 0 or seq == 1):
+    if segments is None and not past:
         return Layout(position_ids, None)
-    return Layout(position_ids, _bias(segments, seq, past, dtype, device))
+    unwritten = (columns or past + seq) - past - seq if past else 0
+    return Layout(position_ids, _bias(segments, seq, past, unwritten, dtype, device))
 
 
 def _is_right_padded(attention_mask: Tensor) -> bool:
@@ -91,12 +95,17 @@ def _positions(
 
 
 def _bias(
-    segments: Tensor | None, seq: int, past: int, dtype: torch.dtype, device: torch.device
+    segments: Tensor | None,
+    seq: int,
+    past: int,
+    unwritten: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor:
-    columns = torch.arange(past + seq, device=device)
-    visible = (columns[None, :] <= columns[past:, None])[None, None]
+    columns = torch.arange(past + seq + unwritten, device=device)
+    hidden = (columns[None, :] > columns[past : past + seq, None])[None, None]
     if segments is not None:
-        same = segments[:, past:, None] == segments[:, None, :]
-        visible = visible & same[:, None]
-    bias = torch.zeros(visible.shape, dtype=dtype, device=device)
-    return bias.masked_fill_(~visible, torch.finfo(dtype).min / 2)
+        other = segments[:, past:, None] != segments[:, None, :]
+        hidden = hidden | F.pad(other, (0, unwritten))[:, None]
+    bias = torch.zeros(hidden.shape, dtype=dtype, device=device)
+    return bias.masked_fill_(hidden, torch.finfo(dtype).min / 2)

@@ -23,23 +23,29 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x` [..., dim]."""
         dtype = compute_dtype(self.weight)
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_cpu and torch.is_grad_enabled():
             return _RMSNorm.apply(x, self.weight, self.eps, dtype)
-        precise = x.to(wide(x.dtype))
-        scaled = precise * torch.rsqrt(precise.square().mean(dim=-1, keepdim=True) + self.eps)
-        return (scaled * self.weight).to(dtype)
+        return _normalise(x, self.weight, self.eps)[0].to(dtype)
+
+
+def _normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return (normalised and scaled `x` in float32 or wider, reciprocal root mean square [..., 1])."""
+    precise = x.to(wide(x.dtype))
+    norm = torch.linalg.vector_norm(precise, dim=-1, keepdim=True)
+    rstd = torch.rsqrt(norm.square() / x.shape[-1] + eps)
+    scaled = precise * rstd
+    return scaled * weight if torch.is_grad_enabled() else scaled.mul_(weight), rstd
 
 
 class _RMSNorm(torch.autograd.Function):
-    """The formula above with its gradient written out: 1.7 times as fast as autograd's on a CPU, and it keeps only `x`."""
+    """The same with its gradient written out: 1.7 times as fast as autograd's on a CPU, and it keeps only `x`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        precise = x.to(wide(x.dtype))
-        rstd = torch.linalg.vector_norm(precise, dim=-1, keepdim=True)
-        rstd.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        out, rstd = _normalise(x, weight, eps)
         ctx.save_for_backward(x, rstd, weight)
-        return (precise * rstd).mul_(weight).to(dtype)
+        return out.to(dtype)
 
     @staticmethod
     @once_differentiable

@@ -10,7 +10,7 @@ from torch import Tensor
 from distllm.layers.precision import wide
 
 Rotary = tuple[Tensor, Tensor]
-"""(cos, sin), each [1 or batch, seq, d_head / 2]."""
+"""(cos, sin), each [1 or batch, seq, d_head]; the sign is in the table: the first half holds -sin."""
 
 
 def rotary_tables(position_ids: Tensor, d_head: int, theta: float, dtype: torch.dtype) -> Rotary:
@@ -23,17 +23,18 @@ def rotary_tables(position_ids: Tensor, d_head: int, theta: float, dtype: torch.
         dtype: dtype of the result; the angles are computed in float32 or wider.
 
     Returns:
-        (cos, sin), each [1 or batch, seq, d_head / 2].
+        (cos, signed sin), each [1 or batch, seq, d_head].
     """
     precise = wide(dtype)
     device = position_ids.device
     channels = torch.arange(0, d_head, 2, dtype=precise, device=device)
     angles = position_ids.to(precise)[..., None] * (1.0 / theta ** (channels / d_head))
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Rotate each head of `x` [batch, seq, n_heads, d_head] by its position."""
     cos, sin = (table[:, :, None, :] for table in rotary)
     low, high = x.chunk(2, dim=-1)
-    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+    return torch.addcmul(x * cos, torch.cat((high, low), dim=-1), sin)

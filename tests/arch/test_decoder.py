@@ -92,7 +92,7 @@ def test_decoding_with_a_cache_equals_one_forward(build, ids, n_kv_heads, chunks
     mask = torch.ones(3, 12, dtype=torch.bool)
     mask[0, :3], mask[2, :1] = False, False
     expected = model(ids, mask).logits
-    cache = model.new_cache(3, 12, torch.float64, "cpu")
+    cache = model.new_cache(3, 15, torch.float64, "cpu")
     got, start = [], 0
     for size in chunks:
         end = start + size

@@ -15,12 +15,15 @@ def filled(batch=3, columns=2):
     return cache, k
 
 
-def test_append_returns_everything_so_far():
+def test_append_returns_all_columns():
     cache, k = filled()
     new = torch.full((3, 1, 2, 4), 7.0)
     keys, values = cache.append(1, new, 2 * new)
-    assert torch.equal(keys, torch.cat((k + 1000, new), dim=1))
-    assert torch.equal(values, torch.cat((-k - 1000, 2 * new), dim=1))
+    assert keys.shape == values.shape == (3, 5, 2, 4)
+    assert torch.equal(keys[:, :3], torch.cat((k + 1000, new), dim=1))
+    assert torch.equal(values[:, :3], torch.cat((-k - 1000, 2 * new), dim=1))
+    assert keys.isfinite().all()
+    assert values.isfinite().all()
     assert cache.length == 2
 
 

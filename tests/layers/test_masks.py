@@ -6,13 +6,14 @@ import torch
 from distllm.layers.masks import lay_out
 
 
-def layout(shape, attention_mask=None, position_ids=None, segment_ids=None, past=0):
+def layout(shape, attention_mask=None, position_ids=None, segment_ids=None, past=0, columns=None):
     return lay_out(
         shape,
         attention_mask=attention_mask,
         position_ids=position_ids,
         segment_ids=segment_ids,
         past=past,
+        columns=columns,
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
@@ -80,10 +81,20 @@ def test_cached_columns_count():
     result = layout((2, 1), mask([0, 1, 1, 1], [1, 1, 1, 1]), past=3)
     assert result.position_ids.tolist() == [[2], [3]]
     assert result.bias[:, 0, 0].eq(0).tolist() == [[False, True, True, True], [True] * 4]
-    assert layout((2, 1), mask([1] * 4, [1] * 4), past=3).bias is None
+    assert (layout((2, 1), mask([1] * 4, [1] * 4), past=3).bias == 0).all()
     several = layout((1, 2), past=3)
     assert several.position_ids.tolist() == [[3, 4]]
     assert several.bias[0, 0].eq(0).tolist() == [[True] * 4 + [False], [True] * 5]
+
+
+def test_columns_that_are_not_written_yet_are_hidden():
+    plain = layout((2, 1), past=3, columns=6)
+    padded = layout((2, 1), mask([0, 1, 1, 1], [1, 1, 1, 1]), past=3, columns=6)
+    assert plain.bias[0, 0].eq(0).tolist() == [[True] * 4 + [False] * 2]
+    assert padded.bias[:, 0, 0].eq(0).tolist() == [
+        [False, True, True, True, False, False],
+        [True, True, True, True, False, False],
+    ]
 
 
 def test_given_positions_are_kept():
