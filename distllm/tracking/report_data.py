@@ -4,8 +4,10 @@ A *train run directory* holds one stage; a *pipeline directory* holds `pipeline.
 stage. Nothing here imports torch: a report can be made on any machine.
 """
 
+import itertools
 import json
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +18,9 @@ from distllm.tracking.lines import numbers, read_jsonl
 
 MARKERS = ("metrics.jsonl", "result.json", "samples.jsonl")
 """A directory that holds one of these is a train run directory."""
+
+MAX_COLLECTED = 40
+"""Records shown of what a stage collected for another one: preference pairs in `heldout.jsonl`."""
 
 
 @dataclass(slots=True)
@@ -109,13 +114,18 @@ def load_run(folder: Path) -> RunData:
         )
     clocks = [w for w in (number(stage.result.get("wall_s")) for stage in stages) if w is not None]
     only = stages[0] if len(stages) == 1 else None
+    baselines = numbers(_mapping(pipeline.get("baselines")))
+    for stage in stages:
+        if stage.kind == "pretrain" and not baselines:
+            found = {key.removeprefix("baseline/"): v for key, v in stage.metrics.items()}
+            baselines = {key: v for key, v in found.items() if key not in stage.metrics}
     return RunData(
         name=str(pipeline.get("name") or folder.resolve().name),
         folder=folder,
         seed=pipeline.get("seed", only.lineage.get("seed") if only else None),
         wall_s=number(pipeline.get("wall_s")) or (sum(clocks) if clocks else None),
         table=[row for row in _list(pipeline.get("table")) if isinstance(row, dict)],
-        baselines=numbers(_mapping(pipeline.get("baselines"))),
+        baselines=baselines,
         stages=stages,
     )
 
@@ -137,15 +147,16 @@ def load_stage(folder: Path, entry: dict[str, Any]) -> StageData:
             else:
                 curve.steps.append(step)
                 curve.values.append(value)
-    name = entry.get("name") or result.get("stage") or logged_stage or folder.resolve().name
-    round_ = number(entry.get("round", lineage.get("round", 1)))
+    name, round_ = _name_and_round(folder, entry, lineage)
+    name = name or result.get("stage") or logged_stage or folder.resolve().name
+    collected = itertools.islice(read_jsonl(folder / "heldout.jsonl"), MAX_COLLECTED)
     return StageData(
         name=str(name),
         kind=str(result.get("stage") or logged_stage or name),
-        round=int(round_) if round_ else 1,
+        round=round_,
         folder=folder,
         curves=curves,
-        samples=list(read_jsonl(folder / "samples.jsonl")),
+        samples=[*read_jsonl(folder / "samples.jsonl"), *collected],
         result=result,
         lineage=lineage,
         config=_text(folder / "config.yaml"),
@@ -165,6 +176,18 @@ def number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if math.isfinite(value) else None
+
+
+def _name_and_round(
+    folder: Path, entry: dict[str, Any], lineage: dict[str, Any]
+) -> tuple[str, int]:
+    """Return what the pipeline calls the stage, without the round that its later directories carry: `ppo-2`."""
+    name, known = str(entry.get("name") or ""), number(entry.get("round", lineage.get("round")))
+    suffix = re.search(r"-(\d+)$", name or folder.name)
+    round_ = int(known) if known else int(suffix[1]) if suffix and not name else 1
+    if round_ > 1:
+        name = name.removesuffix(f"-{round_}")
+    return name, round_
 
 
 def _text(path: Path) -> str:

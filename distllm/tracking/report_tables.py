@@ -65,15 +65,17 @@ def measurements(stage: StageData, *, parts: bool = False) -> list[tuple[str, Me
 
     Args:
         stage: the stage.
-        parts: the metrics of parts (`exact_match/reverse`) instead of those of the whole.
+        parts: the metrics of parts (`exact_match/reverse`) instead of those of the whole, if there are both.
     """
     metrics = stage.metrics
-    names: dict[str, None] = {}
+    wholes: dict[str, bool] = {}
     for key in metrics:
         when, _, name = key.partition("/")
         name = name if when in ("before", "after") and name else key.removeprefix("eval/")
-        if not name.endswith(("_low", "_high")) and ("/" in name.removeprefix("gain/")) == parts:
-            names[name] = None
+        if not name.endswith(("_low", "_high")):
+            wholes[name] = "/" not in name.removeprefix("gain/")
+    has_whole = any(wholes.values())
+    names = [name for name, whole in wholes.items() if (whole or not has_whole) != parts]
     rows = []
     for name in names:
         before = _with_interval(metrics, f"before/{name}")
@@ -200,8 +202,9 @@ def value_text(value: Any) -> str:
 def _sample_cell(record: Mapping[str, Any]) -> dict[str, Any]:
     answer, reward = record.get("answer"), number(record.get("reward"))
     response = text(record.get("response"))
+    shown = response.rstrip("\n")
     return {
-        "response": response,
+        "response": shown if shown.strip() else "(white space)" if response else "(empty)",
         "right": None if answer is None else response.strip() == text(answer).strip(),
         "reward": None if reward is None else f"{reward:+.3g}",
     }

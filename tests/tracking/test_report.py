@@ -268,6 +268,45 @@ def test_running_pipeline_without_its_record_is_found_in_order(tmp_path):
     ]
 
 
+def test_round_is_read_from_the_directory_when_nothing_else_tells(tmp_path):
+    run = write_pipeline(tmp_path / "run", chain=[("sft", 1)])
+    for name in ("ppo", "ppo-2"):
+        (run / name).mkdir()
+        write_lines(run / name / "metrics.jsonl", [{"step": 1, "stage": "ppo", "train/loss": 1.0}])
+        (run / name / "config.yaml").write_text("")
+    (run / "pipeline.json").unlink()
+    assert [(s.name, s.round) for s in load_run(run).stages] == [("sft", 1), ("ppo", 1), ("ppo", 2)]
+    stages = [{"name": "ppo-2", "dir": "ppo-2", "round": 2}, {"name": "sft-3", "dir": "sft"}]
+    (run / "pipeline.json").write_text(json.dumps({"stages": stages}))
+    assert [(s.name, s.round) for s in load_run(run).stages] == [("ppo", 2), ("sft-3", 1)]
+
+
+def test_baselines_come_from_the_stage_without_a_pipeline(tmp_path):
+    run = write_pipeline(tmp_path / "run", chain=[("pretrain", 1)]) / "pretrain"
+    result = json.loads((run / "result.json").read_text())
+    result["metrics"] |= {f"baseline/{name}": value for name, value in BASELINES.items()}
+    (run / "result.json").write_text(json.dumps(result))
+    assert load_run(run).baselines == BASELINES
+    assert "Kneser-Ney 5-gram is ahead" in Page(write_report([run], tmp_path / "r.html")).text
+
+
+def test_collected_pairs_and_blank_answers_are_shown(tmp_path):
+    run = tmp_path / "collect"
+    run.mkdir()
+    (run / "result.json").write_text('{"stage": "collect", "metrics": {"train/pairs": 64}}')
+    pair = {"prompt": [{"role": "user", "content": "Copy: x"}], "chosen": "x", "rejected": "why"}
+    write_lines(run / "heldout.jsonl", [pair] * 100)
+    answers = {"before": "  \n ", "after": ""}
+    write_lines(
+        run / "samples.jsonl",
+        [{"prompt": "p", "when": when, "response": text} for when, text in answers.items()],
+    )
+    text = Page(write_report([run], tmp_path / "r.html")).text
+    assert "train/pairs 64" in text and "Before" not in text.split("Samples")[0]
+    assert text.count("why") == 40
+    assert "(white space)" in text and "(empty)" in text
+
+
 def test_single_train_directory_is_a_run(demo, tmp_path):
     plain = Page(write_report([demo / "demo" / "ppo"], tmp_path / "report.html"))
     assert "Clip fraction" in plain.text and "Results" not in plain.text
