@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from distllm.engines.base import Engine
+from distllm.layers.precision import wide
 from distllm.rl.objective import Join, collate_rollouts, per_response
 from distllm.types import Batch, Model, Rollout
 
@@ -50,7 +51,8 @@ def _over_batches(
     for start in range(0, len(rollouts), batch_size):
         part = rollouts[start : start + batch_size]
         batch = collate_rollouts(part, join, pad_id).to(engine.device)
-        results += per_response(part, batch, engine.infer(run, batch).float())
+        values = engine.infer(run, batch)
+        results += per_response(part, batch, values.to(wide(values.dtype)))
     return results
 
 
