@@ -103,7 +103,7 @@ def draw(
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
         figure.text(
             4 / units[0],
-            (bottom - 5) / units[1],
+            (bottom - 6.5) / units[1],
             "step",
             va="top",
             fontsize=7,
@@ -211,7 +211,8 @@ def _limit(axes: Any, values: list[float], levels: dict[str, float] | None) -> N
         return
     low, high = min(finite), max(finite)
     low, high = min(low, axes.dataLim.y0), max(high, axes.dataLim.y1)
-    air = max(0.06 * (high - low), 1e-3 * max(abs(low), abs(high)), 1e-9)
+    scale = max(abs(low), abs(high)) or 1.0
+    air = max(0.06 * (high - low), 1e-3 * scale) if high > low else 0.05 * scale
     axes.set_ylim(low - air, high + air)
 
 
