@@ -5,7 +5,6 @@ architecture and follows its code. Which models a stage needs is in `plan.py`.
 """
 
 from collections import Counter
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -61,10 +60,10 @@ def weight_bytes(model: nn.Module, dtype: torch.dtype = torch.float32) -> int:
     return sum(p.numel() for p in model.parameters()) * dtype.itemsize
 
 
-def saved_bytes(
-    options: Any, batch: int, seq_len: int, dtype: torch.dtype, *, packed: bool, fake: bool = True
-) -> int:
+def saved_bytes(options: Any, batch: int, seq_len: int, dtype: torch.dtype, *, packed: bool) -> int:
     """Count the bytes that the stack (head excluded) holds between forward and backward of one micro-batch.
+
+    The forward is traced with fake tensors: no memory is taken and nothing is computed.
 
     Args:
         options: the architecture.
@@ -72,7 +71,6 @@ def saved_bytes(
         seq_len: tokens per sequence.
         dtype: of the heavy arithmetic; the copies of fp32 weights that autocast makes are part of the count.
         packed: rows hold several documents, so attention has an explicit mask.
-        fake: trace without memory or arithmetic; False really runs, which tests compare with.
     """
     held: dict[int, Tensor] = {}
 
@@ -80,7 +78,7 @@ def saved_bytes(
         held[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
-    with FakeTensorMode() if fake else nullcontext():
+    with FakeTensorMode():
         model: Any = registry.get("arch", options.name)(options)
         ids = torch.zeros(batch, seq_len, dtype=torch.int64)
         segments = torch.ones_like(ids) if packed else None

@@ -125,6 +125,7 @@ def test_secrets_are_refused_and_never_shown(key):
     text = message(f"{key}=hunter2")
     assert "hunter2" not in text
     assert key.lstrip("+") in text
+    assert key.startswith("+") or "Set WANDB_API_KEY or HF_TOKEN" in text
 
 
 def test_text_is_taken_as_typed():
@@ -160,6 +161,7 @@ def test_nothing_is_written_and_the_working_directory_stays(tmp_path, monkeypatc
 
 def test_a_program_around_us_keeps_its_hydra(tmp_path):
     (tmp_path / "theirs.yaml").write_text("a: 1\n")
+    compose_module._compose_files.cache_clear()
     with initialize_config_dir(str(tmp_path), version_base="1.3"):
         compose([])
         assert hydra_compose("theirs").a == 1
@@ -193,6 +195,18 @@ def test_what_may_change_on_resume():
     for key in ("optim.lr", "arch.d_model", "run.seed", "train.global_batch_size", "stage.kl_coef",
                 "data.path", "train.precision", "model", "schedule.name"):  # fmt: skip
         assert not free[key], key
+
+
+def test_whole_groups_are_free_whatever_their_options_say():
+    config = Config(
+        engine=AdamWOptions(),
+        tracking=AdamWOptions(),
+        hardware=AdamWOptions(),
+        optim=AdamWOptions(),
+    )
+    free = {leaf.key: leaf.free for leaf in leaves(config)}
+    assert free["engine.lr"] and free["tracking.lr"] and free["hardware.lr"]
+    assert not free["optim.lr"]
 
 
 def test_the_environment_is_left_alone():
