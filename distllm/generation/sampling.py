@@ -69,7 +69,7 @@ def _invert_cdf(probs: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     ends = blocks.sum(dim=-1).to(torch.float64).cumsum(dim=-1)
     total = ends[:, -1:]
     target = uniforms[:, None] * total
-    block = (ends <= target).sum(dim=-1, keepdim=True).clamp(max=ends.shape[1] - 1)
+    block = torch.searchsorted(ends, target, right=True).clamp(max=ends.shape[1] - 1)
     end = ends.gather(1, block)
     start = torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), 0.0)
     inside = blocks[torch.arange(rows, device=probs.device), block[:, 0]].to(torch.float64)
@@ -77,7 +77,7 @@ def _invert_cdf(probs: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     # As a fraction of the block: its sum and its running sum may differ in the last bit, and a
     # token of probability zero must never be drawn.
     fraction = ((target - start) / (end - start)).clamp(max=1 - 2.0**-40)
-    offset = (running <= fraction * running[:, -1:]).sum(dim=-1, keepdim=True)
+    offset = torch.searchsorted(running, fraction * running[:, -1:], right=True)
     offset = offset.clamp(max=_BLOCK - 1)
     logprobs = (inside.gather(1, offset) / total).log().to(probs.dtype)
     return (block * _BLOCK + offset)[:, 0], logprobs[:, 0]

@@ -64,7 +64,7 @@ BUGS = [
     ("(inside.gather(1, offset) / total).log()", "inside.gather(1, offset)"),
     ("logits < ordered[:, -1:]", "logits <= ordered[:, -1:]"),
     ("(before < top_p)", "(before + probs < top_p)"),
-    ("(running <= fraction * running[:, -1:])", "(running <= fraction * running[:, -1:] * 0.99)"),
+    ("fraction * running[:, -1:]", "fraction * running[:, -1:] * 0.99"),
 ]
 
 
@@ -110,7 +110,7 @@ def check_search(module):
 def test_search():
     check_search(sampling)
     for old, new in [
-        ("(ends <= target)", "(ends < 0 * target)"),
+        ("torch.searchsorted(ends, target, right=True)", "torch.searchsorted(ends, 0 * target)"),
         (
             "torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), 0.0)",
             "ends[:, :1] * 0",
@@ -142,8 +142,8 @@ def test_masked_tokens_are_never_drawn():
         check_masked_tokens_are_never_drawn(
             with_bug(
                 sampling,
-                "(running <= fraction * running[:, -1:])",
-                "(running < 2 * fraction * running[:, -1:])",
+                "fraction * running[:, -1:], right=True",
+                "2 * fraction * running[:, -1:], right=False",
             )
         )
 
