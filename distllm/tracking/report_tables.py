@@ -81,7 +81,7 @@ def measurements(stage: StageData, *, parts: bool = False) -> list[tuple[str, Me
         before = _with_interval(metrics, f"before/{name}")
         after = _with_interval(metrics, f"after/{name}")
         plain = _with_interval(metrics, name if name in metrics else f"eval/{name}")
-        title = NAMES.get(name, name.replace("_", " "))
+        title = NAMES.get(name, name.replace("gain/", "gain in ").replace("_", " "))
         rows.append((title, before, after if after[0] else plain))
     return rows
 
@@ -177,7 +177,7 @@ def stage_title(stage: StageData) -> str:
 
 
 def text(value: Any) -> str:
-    """Write anything as text: messages as lines, structures as JSON, what is too long cut."""
+    """Write anything as text: messages as lines (a single one without its role), structures as JSON, what is too long cut."""
     if value is None:
         return ""
     if (
@@ -185,7 +185,8 @@ def text(value: Any) -> str:
         and value
         and all(isinstance(m, dict) and "content" in m for m in value)
     ):
-        value = "\n".join(f"{m.get('role', '')}: {m['content']}".lstrip(": ") for m in value)
+        roles = [f"{m.get('role', '')}: " if len(value) > 1 else "" for m in value]
+        value = "\n".join(f"{role}{m['content']}" for role, m in zip(roles, value, strict=True))
     elif isinstance(value, dict | list):
         value = json.dumps(value, ensure_ascii=False)
     value = str(value)

@@ -2,8 +2,6 @@
 
 import html.parser
 import json
-import math
-import random
 import re
 import subprocess
 import sys
@@ -13,7 +11,6 @@ import pytest
 from fake_runs import BASELINES, CHAIN, TASKS, write_lines, write_pipeline
 
 from distllm.errors import DataError
-from distllm.tracking import report_plots
 from distllm.tracking.report import write_report
 from distllm.tracking.report_data import load_run
 from distllm.tracking.report_panels import verdict
@@ -237,11 +234,18 @@ def test_values_of_strange_types_do_not_stop_the_report(tmp_path):
         run / "sft" / "samples.jsonl",
         [
             {},
-            {"when": "before", "response": None, "prompt": [{"role": "user", "content": "said"}]},
+            {
+                "when": "before",
+                "response": None,
+                "prompt": [
+                    {"role": "system", "content": "be"},
+                    {"role": "user", "content": "said"},
+                ],
+            },
             {"response": 3, "reward": "NaN"},
         ],
     )
-    assert "user: said" in Page(write_report([run], tmp_path / "report.html")).text
+    assert "system: be user: said" in Page(write_report([run], tmp_path / "report.html")).text
 
 
 def test_diverging_run_is_plotted_as_far_as_it_is_finite(tmp_path):
@@ -369,51 +373,6 @@ def test_verdict_says_who_is_ahead(tmp_path, loss, words):
     assert loaded.baselines == BASELINES
     assert verdict(loaded, loaded.stages[0]) == words
     assert words in Page(write_report([run], tmp_path / "report.html")).text
-
-
-def test_smoothing_is_a_weighted_mean_of_the_finite_neighbours():
-    rng = random.Random(0)
-    values = [rng.gauss(0, 1) for _ in range(150)]
-    values[40] = math.nan
-    got = report_plots.smoothed(values)
-    sigma = 150 / 50
-    for i in (0, 7, 39, 75, 149):
-        weights = {
-            j: math.exp(-((i - j) ** 2) / (2 * sigma**2))
-            for j in range(150)
-            if abs(i - j) <= 9 and j != 40
-        }
-        mean = sum(w * values[j] for j, w in weights.items()) / sum(weights.values())
-        assert got[i] == pytest.approx(mean, rel=1e-12)
-    assert math.isnan(got[40])
-    assert report_plots.smoothed([1.0, 5.0, 2.0]) == [1.0, 5.0, 2.0]
-
-
-def test_thinning_keeps_every_spike():
-    rng = random.Random(1)
-    steps = list(range(20_000))
-    values = [rng.gauss(0, 1) for _ in steps]
-    values[12_345], values[777] = 100.0, -100.0
-    kept_steps, kept = report_plots.thinned(steps, values)
-    assert len(kept) <= report_plots.MAX_POINTS + 1
-    assert (max(kept), min(kept)) == (100.0, -100.0)
-    assert kept_steps == sorted(kept_steps)
-    assert all(values[step] == value for step, value in zip(kept_steps, kept, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("value", "written"),
-    [
-        (0.0, "0"),
-        (12_345, "12.3k"),
-        (5_248_512, "5.25M"),
-        (0.025, "0.025"),
-        (-3e-5, "-3e-05"),
-        (9999, "9999"),
-    ],
-)
-def test_short_numbers(value, written):
-    assert report_plots.short(value) == written
 
 
 def test_report_needs_no_torch(demo, tmp_path):
