@@ -1,13 +1,14 @@
-"""Dialogues to token ids through the tokenizer's own chat template, with a mask of what the assistant says.
+"""Dialogues to token ids through the tokenizer's chat template, and which of them are learned.
 
-The text is tokenised once, as a whole (`rendering.py`); the mask comes from the places of tokens in the text, never
-from lengths of re-tokenised prefixes, which go wrong where a token spans a boundary.
+The text is tokenised once, as a whole (`rendering.py`); the mask comes from the places of tokens in
+the text, never from lengths of re-tokenised prefixes, which go wrong where a token spans a
+boundary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from distllm.data.rendering import Message, excerpt, render, tokenise
 from distllm.errors import DataError
@@ -21,19 +22,21 @@ def encode_dialogue(
 ) -> tuple[list[int], list[bool]]:
     """Encode a conversation that ends with the assistant.
 
-    Contents are encoded as plain text, even where they spell out a special token. A template that closes the last
-    turn with no special token gets the tokenizer's end-of-sequence token there; nothing else is added or removed.
+    Contents are encoded as plain text, even where they spell out a special token. A template that
+    closes the last turn with no special token gets the tokenizer's end-of-sequence token there;
+    nothing else is added or removed.
 
     Returns:
-        ids and mask, equally long; the mask is True on what the assistant says (all that follows where a prompt
-        to answer would end) and on the token that ends its turn.
+        ids and mask, equally long; the mask is True on what the assistant says (all that follows
+        where a prompt to answer would end) and on the token that ends its turn.
 
     Raises:
         DataError: the conversation does not end with the assistant, or the template cannot show it.
     """
     if not messages or messages[-1].get("role") != "assistant":
         raise DataError(
-            f"The dialogue does not end with the assistant, whose answer is to be learned: {excerpt(messages)}"
+            "The dialogue does not end with the assistant, whose answer is to be learned: "
+            f"{excerpt(messages)}"
         )
     spans = render(tok, messages, add_generation_prompt=False)
     tokens = tokenise(tok, spans)
@@ -46,7 +49,7 @@ def encode_dialogue(
         if number and spans[number - 1].leads:
             first = tokens.spans[number - 1][0]
         after = tokens.spans[number + 1]  # a content is always followed by a span of the template
-        ends = [i for i in tokens.added if _overlap(tokens.places[i], after)]
+        ends = [i for i in tokens.markers if _overlap(tokens.places[i], after)]
         if ends:
             last = tokens.places[ends[0]][1]
         for i, place in enumerate(tokens.places):
@@ -57,12 +60,14 @@ def encode_dialogue(
     if not any(mask):
         raise DataError(f"No token of the dialogue is the assistant's: {excerpt(messages)}")
     if not closed:
-        if tok.eos_token_id is None:
+        eos_id = cast("int | None", tok.eos_token_id)
+        if eos_id is None:
             raise DataError(
-                "The chat template ends the assistant's turn with no special token and the tokenizer has no "
-                "eos_token, so a model could not learn to stop. Add an end-of-turn token to the template."
+                "The chat template ends the assistant's turn with no special token and the "
+                "tokenizer has no eos_token, so a model could not learn to stop. Add an "
+                "end-of-turn token to the template."
             )
-        tokens.ids.append(tok.eos_token_id)
+        tokens.ids.append(eos_id)
         mask.append(True)
     return tokens.ids, mask
 
@@ -83,7 +88,8 @@ def encode_prompt(tok: PreTrainedTokenizerFast, messages: Sequence[Message]) -> 
 def encode_answer(tok: PreTrainedTokenizerFast, text: str) -> list[int]:
     """Encode what the assistant says in answer to a prompt, the end of its turn included.
 
-    After `encode_prompt` it gives what `encode_dialogue` gives, up to what a template may write after the last turn.
+    After `encode_prompt` it gives what `encode_dialogue` gives, up to what a template may write
+    after the last turn.
     """
     messages = [{"role": "user", "content": "."}, {"role": "assistant", "content": text}]
     ids, mask = encode_dialogue(tok, messages)
@@ -91,10 +97,11 @@ def encode_answer(tok: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 
 def end_ids(tok: PreTrainedTokenizerFast) -> list[int]:
-    """Return the ids that end a response: the template's end of turn first, then the end of a document."""
+    """Return the ids that end a response: the template's end of turn, then the end of text."""
     found = [] if tok.chat_template is None else [encode_answer(tok, "a")[-1]]
-    if tok.eos_token_id is not None and tok.eos_token_id not in found:
-        found.append(tok.eos_token_id)
+    eos_id = cast("int | None", tok.eos_token_id)
+    if eos_id is not None and eos_id not in found:
+        found.append(eos_id)
     return found
 
 

@@ -1,10 +1,10 @@
-"""Index-able sets of token ids for each stage, encoded and checked when they are built, before training starts."""
+"""Sets of token ids for each stage, encoded and checked when built, before training starts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from distllm.data.chat import encode_answer, encode_dialogue, encode_prompt
 from distllm.data.packing import PackedDataset
@@ -23,7 +23,7 @@ class ChatExample:
 
     input_ids: list[int]
     mask: list[bool]
-    """[seq]: True on what the assistant says, its end of turn included. Not shifted: position t marks token t."""
+    """[seq]: True on tokens the assistant says, its end of turn included (not shifted)."""
     sample_id: int
 
 
@@ -51,19 +51,21 @@ def text_rows(
     source: Source, tok: PreTrainedTokenizerFast, seq_len: int, split: str
 ) -> PackedDataset:
     """Tokenise the documents of `split` and pack them into rows of `seq_len`."""
-    if tok.eos_token_id is None:
+    eos_id = cast("int | None", tok.eos_token_id)
+    if eos_id is None:
         raise ConfigError(
-            "The tokenizer has no eos_token, which must end each document. Set tokenizer=DIR to one that has."
+            "The tokenizer has no eos_token, which must end each document. Set tokenizer=DIR to "
+            "one that has."
         )
     texts = [document.text for document in source.documents(split)]
     if not texts:
         raise DataError(f"data={source.options.name} holds no document in split {split}.")
-    pad_id = tok.eos_token_id if tok.pad_token_id is None else tok.pad_token_id
+    pad_id = cast("int | None", tok.pad_token_id)
     return PackedDataset(
         encode_texts(tok, texts),
         seq_len,
-        eos_id=tok.eos_token_id,
-        pad_id=pad_id,
+        eos_id=eos_id,
+        pad_id=eos_id if pad_id is None else pad_id,
         num_bytes=sum(len(text.encode()) for text in texts),
     )
 
@@ -140,6 +142,7 @@ def _check_length(what: str, index: int, length: int, limit: int) -> None:
     """Refuse a sample that would have to be cut."""
     if length > limit:
         raise DataError(
-            f"{what} {index} has {length} tokens, above the limit of {limit}. Set train.seq_len={length} or more "
-            f"(and arch.max_seq_len no smaller), or remove it from the data."
+            f"{what} {index} has {length} tokens, above the limit of {limit}. Set "
+            f"train.seq_len={length} or more (and arch.max_seq_len no smaller), or remove it from "
+            "the data."
         )

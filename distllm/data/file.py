@@ -1,4 +1,4 @@
-"""Records from files on disk. `readers.py` turns files into rows, `rows.py` turns rows into records."""
+"""Records from files on disk: `readers.py` makes rows of files, `rows.py` records of rows."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ _SERVED_BY = {
 class FileSource(Source):
     """Records of `data.path`; the columns decide what they are (see `rows.py`).
 
-    A .txt file is cut into documents at `data.document_separator`. Held out is `data.heldout_path`, or else the
-    records whose content hashes below `data.heldout_fraction`; copies of one prompt always fall on the same side.
+    A .txt file is cut into documents at `data.document_separator`. Held out is `data.heldout_path`,
+    or else the records whose content hashes below `data.heldout_fraction`; copies of one prompt
+    always fall on the same side.
     """
 
     def __init__(self, options: DataOptions, seed: int) -> None:
@@ -44,7 +45,10 @@ class FileSource(Source):
     def serves(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Say what can be made of the records, which are read for it."""
         records = self._load()["train"] or self._load()["heldout"]
-        return _SERVED_BY[type(records[0])]
+        served = _SERVED_BY[type(records[0])]
+        if any(isinstance(r, Prompt) and r.answer is None for r in records):
+            return served[:1]
+        return served
 
     @property
     def checkable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -79,8 +83,8 @@ class FileSource(Source):
         if not found:
             raise DataError(
                 f"data.path={self.options.path} leaves nothing in split {split} with "
-                f"data.heldout_fraction={self.options.heldout_fraction}. Set data.heldout_path=FILE, or another "
-                f"fraction."
+                f"data.heldout_fraction={self.options.heldout_fraction}. Set "
+                "data.heldout_path=FILE, or another fraction."
             )
         return found
 
@@ -124,9 +128,13 @@ class FileSource(Source):
         total = len(records) + len(bad)
         if bad:
             first, reason = bad[0]
-            what = f"{len(bad)} of {total} records in {setting}={path} cannot be used; the first is {first.file} "
-            what += f"{first.place}: {reason}."
-            if not records or self.options.on_bad_line == OnBadLine.ERROR:
+            what = (
+                f"{len(bad)} of {total} records in {setting}={path} cannot be used; the first is "
+                f"{first.file} {first.place}: {reason}."
+            )
+            if not records:
+                raise DataError(f"{what} None is left.")
+            if self.options.on_bad_line == OnBadLine.ERROR:
                 raise DataError(f"{what} Fix them, or set data.on_bad_line=skip to leave them out.")
             warnings.warn(f"{what} They are left out (data.on_bad_line=skip).", stacklevel=2)
         if not records:
@@ -155,8 +163,9 @@ class FileSource(Source):
         held = _SERVED_BY[type(record)][0]
         lack = " without answers" if isinstance(record, Prompt) and record.answer is None else ""
         raise ConfigError(
-            f"data.path={self.options.path} holds {held}{lack}, from which {wanted} ({KINDS[wanted]}) cannot be "
-            f"made. Set data.path to a file with other columns, or a stage that learns from {held} ({KINDS[held]})."
+            f"data.path={self.options.path} holds {held}{lack}, from which {wanted} "
+            f"({KINDS[wanted]}) cannot be made. Set data.path to a file with other columns, or a "
+            f"stage that learns from {held} ({KINDS[held]})."
         )
 
 
@@ -185,7 +194,7 @@ def _warn_of_overlap(train_keys: set[str], held: list[Record]) -> None:
     shared = sum(content_key(r) in train_keys for r in held)
     if shared:
         warnings.warn(
-            f"{shared} of {len(held)} records in data.heldout_path are also in data.path: what is measured on them "
-            f"is partly memory.",
+            f"{shared} of {len(held)} records in data.heldout_path are also in data.path: what is "
+            "measured on them is partly memory.",
             stacklevel=2,
         )

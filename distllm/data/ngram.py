@@ -1,8 +1,9 @@
-"""Statistical language models to compare with: unigram, and interpolated modified Kneser-Ney n-grams, over token ids.
+"""Statistical language models to compare with: unigram, and modified Kneser-Ney n-grams.
 
-Every document is read as `end, tokens..., end`: the end token opens it as context and closes it as a target.
-As in packed rows, a document's first token is not scored unless asked for. Counting is sorting: each position of the
-text gets the number of the n-gram that ends there, so all orders come out of one pass and share their work.
+Every document is read as `end, tokens..., end`: the end token opens it as context and closes it as
+a target. As in packed rows, a document's first token is not scored unless asked for. Counting is
+sorting: each position of the text gets the number of the n-gram that ends there, so all orders come
+out of one pass and share their work.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def unigram_entropy(
 def baselines(
     train: Documents, heldout: Documents, vocab_size: int, eos_id: int, max_order: int = 5
 ) -> dict[str, float]:
-    """Return nats per held-out token of `unigram` and of `kneser_ney_2` to `kneser_ney_<max_order>`."""
+    """Return nats per held-out token of `unigram`, `kneser_ney_2`, ... `kneser_ney_<max_order>`."""
     found = {"unigram": unigram_entropy(train, heldout, vocab_size, eos_id)}
     model = KneserNey(max_order).fit(train, vocab_size, eos_id)
     for order, logprobs in model.logprobs(heldout).items():
@@ -48,18 +49,19 @@ class _Level:
     raw: np.ndarray
     """[n-grams] how often each occurs."""
     continuation: np.ndarray
-    """[n-grams] how many different tokens precede each; the raw count where nothing can (it opens documents)."""
+    """[n-grams] how many different tokens precede each; where nothing can, the raw count."""
 
 
 class KneserNey:
     """Interpolated modified Kneser-Ney models of every order up to `order`.
 
-    p_k(w | context) = max(c - D(c), 0) / total + gamma(context) p_{k-1}(w | shorter context), down to the uniform
-    distribution. c is the raw count at the highest level of a model and the continuation count below it. A context
-    never seen hands over to the shorter one.
+    p_k(w | context) = max(c - D(c), 0) / total + gamma(context) p_{k-1}(w | shorter context), down
+    to the uniform distribution. c is the raw count at the highest level of a model and the
+    continuation count below it. A context never seen hands over to the shorter one.
 
-    Reference: Chen and Goodman 1998, TR-10-98, equations 24-26 (D1, D2, D3+ from n1..n4). Departure: where one of
-    n1..n4 is zero (tiny corpora), the discounts of that level are 0.5, 1 and 1.5.
+    Reference: Chen and Goodman 1998, TR-10-98, equations 24-26 (D1, D2, D3+ from n1..n4).
+        Departure: where one of n1..n4 is zero (tiny corpora), the discounts of that level are 0.5,
+        1 and 1.5.
     """
 
     def __init__(self, order: int) -> None:
@@ -76,7 +78,8 @@ class KneserNey:
         tokens, depth = _lay_out(documents, eos_id)
         raw = np.bincount(tokens[depth > 0], minlength=vocab_size)
         self._levels = [_Level(np.arange(vocab_size), raw, raw)]
-        numbers = tokens  # of the n-gram that ends at each position; -1 where it would reach before the opening
+        # Number of the n-gram that ends at each position; -1 where it would precede the opening.
+        numbers = tokens
         for length in range(2, self.order + 1):
             real = np.flatnonzero(depth >= length - 1)
             keys, first, inverse, counts = np.unique(
@@ -96,7 +99,8 @@ class KneserNey:
     def logprobs(self, documents: Documents, *, score_first: bool = False) -> dict[int, np.ndarray]:
         """Return, for the model of each order 1..`order`, the log-probability of every target.
 
-        Targets stand in the documents' order: tokens after the first (or all, with `score_first`), then the end.
+        Targets stand in the documents' order: tokens after the first (or all, with `score_first`),
+        then the end.
         """
         tokens, depth = _lay_out(documents, self.eos_id)
         targets = np.flatnonzero(depth >= (1 if score_first else 2))
@@ -179,7 +183,8 @@ def _look_up(
 
 
 def _lay_out(documents: Documents, eos_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return all documents as one stream `end, tokens, end, end, tokens, end, ...` and each token's place in its own.
+    """Return all documents as one stream `end, tokens, end, end, tokens, end, ...` and each token's
+    place in its own.
 
     Returns:
         tokens and depth, both [positions] int64; depth 0 is the opening, which is context only.

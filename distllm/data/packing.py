@@ -1,4 +1,4 @@
-"""Documents laid end to end and cut into rows of one length. Text is tokenised elsewhere (`datasets.py`)."""
+"""Documents laid end to end and cut into rows of one length (tokenised in `datasets.py`)."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ class PackedRow:
 class PackedDataset:
     """Rows of `seq_len` tokens over documents, each of which is closed by `eos_id`.
 
-    Every token but a document's first is the label of exactly one position. A document that is cut by a row's end
-    goes on in the next row as a new segment: the last position of the row still predicts the token that opens the
-    next row, which in turn sees nothing of what came before. Only the last row is padded.
+    Every token but a document's first is the label of exactly one position. A document that is cut
+    by a row's end goes on in the next row as a new segment: the last position of the row still
+    predicts the token that opens the next row, which in turn sees nothing of what came before. Only
+    the last row is padded.
     """
 
     def __init__(
@@ -86,8 +87,8 @@ class PackedDataset:
     def bits_per_byte(self, nats_per_token: float) -> float:
         """Turn a mean loss over the labels into bits per byte of text.
 
-        The first token of each document, which no position predicts, is charged at the mean; end tokens count
-        as tokens but bring no bytes.
+        The first token of each document, which no position predicts, is charged at the mean; end
+        tokens count as tokens but bring no bytes.
         """
         if not self.num_bytes:
             raise ValueError("num_bytes was not given, so bits per byte are unknown")

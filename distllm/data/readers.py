@@ -1,7 +1,7 @@
-"""Files to rows: strict reading of .txt, .jsonl, .json and .parquet. What a row must hold is decided in `rows.py`.
+"""Files to rows: strict reading of .txt, .jsonl, .json and .parquet (`rows.py` checks the rows).
 
-Damage that concerns a whole file (missing, empty, binary, cut short) is a DataError at once; a line that cannot be
-read becomes a row with a problem, for the caller to refuse or to skip.
+Damage that concerns a whole file (missing, empty, binary, cut short) is a DataError at once; a line
+that cannot be read becomes a row with a problem, for the caller to refuse or to skip.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Row:
 
 
 def find_files(path: str, setting: str) -> list[Path]:
-    """List the files that `path` names: a file, a folder's files, or the matches of a pattern, sorted.
+    """List what `path` names, sorted: a file, a folder's files, or the matches of a pattern.
 
     Raises:
         DataError: nothing is there; `setting` says where the path was set.
@@ -75,7 +75,8 @@ def read_text(file: Path) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"{file} is not UTF-8 text: line {line}, byte {error.start} of the file. Convert it with iconv."
+            f"{file} is not UTF-8 text: line {line}, byte {error.start} of the file. Convert it "
+            "with iconv."
         ) from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
@@ -158,8 +159,8 @@ def _read_bytes(file: Path) -> bytes:
     if nul >= 0:
         line = data.count(b"\n", 0, nul) + 1
         raise DataError(
-            f"{file} holds a zero byte (line {line}, byte {nul}): it is binary, UTF-16, or was damaged while "
-            f"being written. Text must be UTF-8."
+            f"{file} holds a zero byte (line {line}, byte {nul}): it is binary, UTF-16, or was "
+            "damaged while being written. Text must be UTF-8."
         )
     return data
 

@@ -1,4 +1,4 @@
-"""Rows to records: which columns make which record, and what each must hold. Files are read in `readers.py`.
+"""Rows to records: which columns make which record, and what each must hold.
 
 | columns | record |
 |---|---|
@@ -9,7 +9,8 @@
 | `prompt` | Prompt |
 | `text` (or what `data.text_key` says) | Document |
 
-A prompt, and a chosen or rejected answer, is a string or a list of messages. Other columns are ignored.
+A prompt, and a chosen or rejected answer, is a string or a list of messages. Other columns are
+ignored.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ _MAKERS: dict[str, Callable[[Mapping[str, Any]], Record]] = {
 
 
 def _asked(row: Mapping[str, Any], key: str) -> Messages:
-    """Read a prompt: a string, which the user says, or messages that do not end with the assistant."""
+    """Read a prompt: what the user says, or messages that do not end with the assistant."""
     if isinstance(row[key], list):
         messages = _messages(row[key], key)
         _check_last(messages, key, assistant=False)
@@ -138,7 +139,7 @@ def _shared_prompt(chosen: Any, rejected: Any) -> Messages:
 
 
 def _answer_after(prompt: Messages, value: Any, key: str) -> str:
-    """Read an answer: a string, the assistant's message alone, or the whole conversation that begins with `prompt`."""
+    """Read an answer: a string, the assistant's message, or the prompt with it."""
     if not isinstance(value, list):
         return _check_string(value, key)
     messages = _messages(value, key)
@@ -206,6 +207,6 @@ def _describe_missing(row: Any, text_key: str) -> str:
         return f"{_shown(row)}, must be an object"
     have = ", ".join(map(str, row)) or "none"
     return (
-        f"columns {have}; there must be {text_key}, messages, prompt+completion, prompt+chosen+rejected, or "
-        f"prompt+answer"
+        f"columns {have}; there must be {text_key}, messages, prompt+completion, "
+        "prompt+chosen+rejected, or prompt+answer"
     )

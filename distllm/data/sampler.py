@@ -1,4 +1,4 @@
-"""Which sample comes at which position of a run. Stateless: the only state is the position, which the loop keeps."""
+"""Which sample comes at which position of a run; the position itself is kept by the loop."""
 
 import numpy as np
 
@@ -6,10 +6,11 @@ from distllm.errors import DataError
 
 
 class Sampler:
-    """Order `num_samples` samples into endless epochs, each a permutation that (seed, epoch) alone decides.
+    """Order samples into endless epochs, each a permutation that (seed, epoch) alone decides.
 
-    Global position p belongs to epoch p // num_samples. All ranks ask for the same positions and take their share,
-    so the order does not depend on how many ranks there are, nor on where a run was stopped.
+    Global position p belongs to epoch p // num_samples. All ranks ask for the same positions and
+    take their share, so the order does not depend on how many ranks there are, nor on where a run
+    was stopped.
     """
 
     def __init__(self, num_samples: int, seed: int, shuffle: bool = True) -> None:
@@ -37,7 +38,8 @@ class Sampler:
     def _permutation(self, epoch: int) -> np.ndarray:
         """Return epoch's order [num_samples], keeping the latest one.
 
-        Sorting raw generator output: numpy promises that stream, but not the stream of `Generator.permutation`.
+        Sorting raw generator output: numpy promises that stream, but not the stream of
+        `Generator.permutation`.
         """
         if epoch != self._epoch:
             bits = np.random.PCG64(np.random.SeedSequence([self.seed, epoch]))

@@ -1,4 +1,4 @@
-"""The tasks of `data=skills`: each draws a question with one right answer, and a wrong answer of the same length.
+"""The tasks of `data=skills`: a question, its one right answer, and a wrong one of the same length.
 
 Difficulty is set for models of a few million parameters: short questions, short answers.
 """
@@ -57,7 +57,8 @@ def gather(text: StdlibText) -> Material:
     words = tuple(word for group in by_length.values() for word in group)
     if not words:
         raise DataError(
-            f"The documentation of this Python holds too few words to draw tasks from ({len(counts)} different)."
+            "The documentation of this Python holds too few words to draw tasks from "
+            f"({len(counts)} different)."
         )
     names = Counter(name for _, name in text.definitions)
     definitions = tuple((m, n) for m, n in text.definitions if names[n] == 1)
@@ -197,7 +198,7 @@ def _sequence(
 
 
 def _pick(rng: Random, material: Material, verb: str, place: int) -> Exercise:
-    """Ask for one of several words with the same number of letters, so that any other is as long."""
+    """Ask for one of several words with as many letters, so that any other is as long."""
     pool = material.by_length[rng.choice(list(material.by_length))]
     words = rng.sample(pool, rng.randint(3, 7))
     answer = words[place]

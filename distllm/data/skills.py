@@ -1,7 +1,7 @@
 """Chat tasks with verifiable answers, generated from a seed (`skill_tasks.py` has the tasks).
 
-Record i is a function of (seed, split, i) alone. Train and held-out are disjoint by content: a question belongs to
-the side that its hash says, whatever the seed.
+Record i is a function of (seed, split, i) alone. Train and held-out are disjoint by content: a
+question belongs to the side that its hash says, whatever the seed.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ class SkillsSource(Source):
         ]
 
     def prompts(self, split: str) -> list[Prompt]:
-        """Return questions with the answer a rule can check; the training ones go on beyond the dialogues."""
+        """Return questions with their answers; the training ones go on where the dialogues end."""
         return [
             Prompt(messages=_ask(e), answer=e.answer, task=task)
             for task, e in self._exercises(split, self.options.num_prompts)
         ]
 
     def fingerprint(self) -> str:
-        """Hash every exercise once (sha256, hex): dialogues, pairs and prompts are made of the same ones."""
+        """Hash every exercise once (sha256, hex): all that is served is made of the same ones."""
         digest = hashlib.sha256()
         most = max(self.options.num_train, self.options.num_prompts)
         for split in SPLITS:
@@ -103,9 +103,9 @@ class SkillsSource(Source):
                     break
             else:
                 raise ConfigError(
-                    f"data.num_heldout={count} is more than data.tasks={task} has to offer: {index} records were "
-                    f"drawn, then {MAX_TRIES} draws found no new question. Lower data.num_heldout or raise "
-                    f"data.heldout_fraction={fraction}."
+                    f"data.num_heldout={count} is more than data.tasks={task} has to offer: "
+                    f"{index} records were drawn, then {MAX_TRIES} draws found no new question. "
+                    f"Lower data.num_heldout or raise data.heldout_fraction={fraction}."
                 )
             seen.add(exercise.question)
             drawn.append((task, exercise))

@@ -1,4 +1,4 @@
-"""What every source offers, and how to open one by name. The sources themselves are one file each."""
+"""What every source offers, and how to open one by name. Each source is a file of its own."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ KINDS = {
 
 
 class Source:
-    """Base of all sources: a kind of record that a source does not serve is a ConfigError that says what it serves."""
+    """Base of all sources. Asked for what it does not serve, a source says what it does serve."""
 
     Options = DataOptions
     serves: tuple[str, ...] = ()
     """Which of `KINDS` this source offers."""
     checkable: bool = False
-    """Whether every prompt has an answer that a rule can check, so that SFT can report exact match."""
+    """Whether every prompt has an answer that a rule can check (SFT then reports exact match)."""
 
     def __init__(self, options: DataOptions, seed: int) -> None:
         self.options = options
@@ -66,9 +66,9 @@ class Source:
         name = self.options.name
         can = " and ".join(f"{k} ({KINDS[k]})" for k in self.serves) or "nothing"
         return ConfigError(
-            f"data={name} serves {can}; {kind} ({KINDS[kind]}) were asked for. "
-            f"Set data=stdlib for documents, data=skills for dialogues, pairs and prompts, "
-            f"or data=file data.path=FILE with columns that hold {kind}."
+            f"data={name} serves {can}; {kind} ({KINDS[kind]}) were asked for. Set data=stdlib for "
+            "documents, data=skills for dialogues, pairs and prompts, or data=file data.path=FILE "
+            f"with columns that hold {kind}."
         )
 
 
@@ -101,7 +101,8 @@ def heldout_flags(keys: Sequence[str], fraction: float) -> list[bool]:
     """Say for each key whether its content is held out.
 
     A key is held out when its hash falls below `fraction`. If none does, and there are at least two
-    different keys, the one with the lowest hash is, so that a small file still has something to evaluate on.
+    different keys, the one with the lowest hash is, so that a small file still has something to
+    evaluate on.
     """
     check_fraction(fraction)
     shares = [hash_share(key) for key in keys]

@@ -1,10 +1,11 @@
-"""English documentation that every CPython carries, read from the running interpreter and never stored.
+"""English documentation that every CPython carries, read at run time and never stored.
 
-Two parts: the topics of `help()` (`pydoc_data.topics`, one document each) and the docstrings of the standard
-library's modules, read with `ast` without importing them (one document a module). Left out: test suites and
-their data, site-packages, the IDLE editor and turtle demos (programs, not documented libraries), `lib2to3`
-(an old copy of tools), `encodings` (a hundred generated tables with one docstring, which would put copies of training
-text into the held-out part), bundled pip wheels and the platform's build configuration.
+Two parts: the topics of `help()` (`pydoc_data.topics`, one document each) and the docstrings of the
+standard library's modules, read with `ast` without importing them (one document a module). Left
+out: test suites and their data, site-packages, the IDLE editor and turtle demos (programs, not
+documented libraries), `lib2to3` (an old copy of tools), `encodings` (a hundred generated tables
+with one docstring, which would put copies of training text into the held-out part), bundled pip
+wheels and the platform's build configuration.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from distllm.registry import register
 from distllm.types import Document
 
 SKIPPED_FOLDERS = {
-    "__pycache__", "dist-packages", "encodings", "ensurepip", "idle_test", "idlelib", "lib-dynload", "lib2to3",
-    "pydoc_data", "site-packages", "test", "tests", "turtledemo",
+    "__pycache__", "dist-packages", "encodings", "ensurepip", "idle_test", "idlelib",
+    "lib-dynload", "lib2to3", "pydoc_data", "site-packages", "test", "tests", "turtledemo",
 }  # fmt: skip
 
 _NOT_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
@@ -86,8 +87,8 @@ def read_stdlib() -> StdlibText:
                 definitions += [(module, node.name) for node in _public(tree)]
     if not num_modules:
         warnings.warn(
-            f"This Python has no standard library sources in {root}: data=stdlib holds {len(documents)} help "
-            f"topics only.",
+            f"This Python has no standard library sources in {root}: data=stdlib holds "
+            f"{len(documents)} help topics only.",
             stacklevel=2,
         )
     unique = {text: name for name, text in reversed(documents.items()) if text}
@@ -103,7 +104,7 @@ def read_stdlib() -> StdlibText:
 
 @contextlib.contextmanager
 def _paused_gc() -> Iterator[None]:
-    """Hold back the cyclic collector: it would walk millions of fresh syntax nodes again and again (1.5 s to 5 s)."""
+    """Hold back the cyclic collector, which walks the syntax trees over and over (1.5 to 5 s)."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -145,7 +146,7 @@ def _modules(root: Path) -> Iterator[tuple[str, ast.Module]]:
 
 
 def _docstrings(module: str, tree: ast.Module) -> Iterator[str]:
-    """Yield the module's docstring and those of its classes and functions, each under its header."""
+    """Yield the docstrings of the module, its classes and functions, each under its header."""
     found = list(_documented(tree, ""))
     top = ast.get_docstring(tree)
     if top or found:

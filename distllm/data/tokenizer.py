@@ -1,4 +1,4 @@
-"""Train, load, save and compare tokenizers in Hugging Face layout. Chat turns are laid out in `chat.py`."""
+"""Train, load, save and compare tokenizers in Hugging Face layout."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distllm.data.backends import Backends, backend_of
 from distllm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 PAD, EOS = "<|pad|>", "<|eos|>"
@@ -20,19 +20,16 @@ SPECIAL_TOKENS = (PAD, EOS, SYSTEM, USER, ASSISTANT, END)
 """Ids 0 to 5 of a tokenizer trained here. `<|eos|>` ends a document, `<|end|>` ends a turn."""
 
 CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{%- if message['role'] not in ['system', 'user', 'assistant'] -%}"
-    "{{- raise_exception('unknown role ' ~ message['role']) -}}"
-    "{%- endif -%}"
-    "{{- '<|' ~ message['role'] ~ '|>' ~ message['content'] ~ '<|end|>' -}}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+    "{%- for message in messages -%}{%- if message['role'] not in ['system', 'user', 'assistant'] "
+    "-%}{{- raise_exception('unknown role ' ~ message['role']) -}}{%- endif -%}{{- '<|' ~ "
+    "message['role'] ~ '|>' ~ message['content'] ~ '<|end|>' -}}{%- endfor -%}{%- if "
+    "add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )
 """`<|user|>question<|end|><|assistant|>answer<|end|>`, nothing in between."""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer: any Unicode text survives encoding and decoding, digits stand alone.
+    """Train a byte-level BPE tokenizer: any Unicode text survives it, and digits stand alone.
 
     The same texts give the same tokenizer. A small corpus may give fewer than `vocab_size` tokens.
 
@@ -46,8 +43,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     smallest = 256 + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
         raise ConfigError(
-            f"vocab_size={vocab_size} is below {smallest} = 256 bytes + {len(SPECIAL_TOKENS)} special tokens. "
-            f"Set 4096."
+            f"vocab_size={vocab_size} is below {smallest} = 256 bytes + {len(SPECIAL_TOKENS)} "
+            "special tokens. Set 4096."
         )
     texts = [text for text in texts if text]
     if not texts:
@@ -81,7 +78,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """Load the tokenizer of a Hugging Face directory (ours or another's), from disk only.
 
     Raises:
-        ConfigError: the folder is missing, holds no tokenizer, or one without a fast (`tokenizer.json`) form.
+        ConfigError: the folder is missing, holds no tokenizer, or one without a fast
+            (`tokenizer.json`) form.
     """
     from transformers import AutoTokenizer
 
@@ -104,7 +102,7 @@ def save_tokenizer(tok: PreTrainedTokenizerFast, folder: str | Path) -> None:
 
 
 def tokenizer_fingerprint(tok: PreTrainedTokenizerFast) -> str:
-    """Hash what decides the ids: the backend, the special tokens and the chat template (sha256, hex)."""
+    """Hash what decides the ids: backend, special tokens, chat template (sha256, hex)."""
     backend = json.loads(backend_of(tok).to_str())
     backend.update(truncation=None, padding=None)
     parts = [
@@ -124,30 +122,28 @@ def check_fits(tok: PreTrainedTokenizerFast, vocab_size: int) -> None:
     if len(tok) > vocab_size:
         raise ConfigError(
             f"The tokenizer has {len(tok)} tokens but the model's arch.vocab_size={vocab_size}. "
-            f"Set arch.vocab_size={len(tok)} (or more), or give the tokenizer that belongs to the model."
+            f"Set arch.vocab_size={len(tok)} (or more), or give the tokenizer that belongs to the "
+            "model."
         )
-
-
-def backend_of(tok: PreTrainedTokenizerFast) -> Tokenizer:
-    """Return the `tokenizers` object inside.
-
-    Raises:
-        ConfigError: the tokenizer is a slow one, without offsets.
-    """
-    backend = getattr(tok, "backend_tokenizer", None)
-    if backend is None:
-        raise ConfigError(
-            f"{type(tok).__name__} has no fast form (tokenizer.json), which is needed to know where tokens stand "
-            f"in the text. Convert it with transformers first."
-        )
-    return backend
 
 
 def encode_texts(tok: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
-    """Encode texts as text: nothing is added, and special tokens spelled out in them stay plain characters."""
-    from tokenizers import Tokenizer
+    """Encode texts as text: nothing is added, and special tokens spelled out stay characters.
 
-    spec = json.loads(backend_of(tok).to_str())
-    spec.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
-    plain = Tokenizer.from_str(json.dumps(spec))
-    return [found.ids for found in plain.encode_batch(list(texts), add_special_tokens=False)]
+    Raises:
+        DataError: the tokenizer turns a spelled-out special token into the real one all the same.
+    """
+    known = Backends.of(tok)
+    plain = known.guarded(known.special, stand_ins=False)
+    forbidden = known.special - {known.unknown}
+    encoded = []
+    for text, found in zip(texts, plain.tokenizer.encode_batch(list(texts)), strict=True):
+        ids = [plain.real.get(token, token) for token in found.ids]
+        if not forbidden.isdisjoint(ids):
+            typed = tok.decode(sorted(forbidden.intersection(ids)))
+            raise DataError(
+                f"This tokenizer turns {typed!r} typed in a text into the real token, even when "
+                f"told not to. Remove it from the data: {text[:200]!r}"
+            )
+        encoded.append(ids)
+    return encoded

@@ -1,14 +1,23 @@
-"""Chat encoding against two independent judges: the tokenisation of the rendered text, and transformers' own masks."""
+"""Chat encoding against two independent judges: the tokenisation of the rendered text, and
+transformers' own masks."""
 
 import random
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from distllm.data.chat import encode_answer, encode_dialogue, encode_prompt, end_ids
 from distllm.data.rendering import Span, render, tokenise
-from distllm.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
+from distllm.data.tokenizer import CHAT_TEMPLATE, encode_texts, train_tokenizer
 from distllm.errors import ConfigError, DataError
 
 MARKERS = ["<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
@@ -22,7 +31,8 @@ OURS = (
     "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )
 CHATML = (
-    "{%- for m in messages -%}{{- '<|im_start|>' + m['role'] + '\n' -}}{%- if m['role'] == 'assistant' -%}"
+    "{%- for m in messages -%}{{- '<|im_start|>' + m['role'] + '\n' -}}{%- if m['role'] == "
+    "'assistant' -%}"
     "{%- generation -%}{{- m['content'] + '<|im_end|>' -}}{%- endgeneration -%}"
     "{%- else -%}{{- m['content'] + '<|im_end|>' -}}{%- endif -%}{{- '\n' -}}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
@@ -33,7 +43,8 @@ STRIPPING = (
     "{%- else -%}{%- set rest = messages -%}{%- set system = '' -%}{%- endif -%}"
     "{%- for m in rest -%}{%- if m['role'] == 'user' -%}"
     "{{- '<s>[INST] ' + (system if loop.first else '') + m['content'].strip() + ' [/INST]' -}}"
-    "{%- else -%}{%- generation -%}{{- ' ' + m['content'].strip() + ' </s>' -}}{%- endgeneration -%}"
+    "{%- else -%}{%- generation -%}{{- ' ' + m['content'].strip() + ' </s>' -}}{%- endgeneration "
+    "-%}"
     "{%- endif -%}{%- endfor -%}"
 )
 NO_CLOSING = (
@@ -41,8 +52,17 @@ NO_CLOSING = (
     "{%- if add_generation_prompt -%}{{- '<|assistant|>\n' -}}{%- endif -%}"
 )
 PLAIN = (
-    "{%- for m in messages -%}{{- '### ' + m['role'] + ':\n' + m['content'] + '\n\n' -}}{%- endfor -%}"
+    "{%- for m in messages -%}{{- '### ' + m['role'] + ':\n' + m['content'] + '\n\n' -}}{%- endfor "
+    "-%}"
     "{%- if add_generation_prompt -%}{{- '### assistant:\n' -}}{%- endif -%}"
+)
+# The space before a content belongs to the template, but many tokenizers join it to the content's
+# first word.
+SPACED = (
+    "{%- for m in messages -%}{{- m['role'] + ': ' -}}{%- if m['role'] == 'assistant' -%}"
+    "{%- generation -%}{{- m['content'] + '</s>' -}}{%- endgeneration -%}"
+    "{%- else -%}{{- m['content'] + '</s>' -}}{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- 'assistant: ' -}}{%- endif -%}"
 )
 TEMPLATES = {"ours": OURS, "chatml": CHATML, "stripping": STRIPPING}
 
@@ -122,7 +142,8 @@ def any_tok(request, texts):
 def random_text(rng, texts):
     words = " ".join(texts).split()
     parts = rng.choices([*words, "x", "\n", "  ", "3", "é", "🎉", "don't"], k=rng.randint(1, 8))
-    return (" " if rng.random() < 0.8 else "").join(parts).strip() or "a"
+    text = (" " if rng.random() < 0.8 else "").join(parts)
+    return text if text.strip() else "a"
 
 
 def random_dialogue(rng, texts):
@@ -133,17 +154,21 @@ def random_dialogue(rng, texts):
     return turns
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", [*TEMPLATES, "spaced"])
 def test_ids_and_mask_equal_those_of_transformers(any_tok, texts, template):
-    any_tok.chat_template = TEMPLATES[template]
-    if type(any_tok.backend_tokenizer.model).__name__ == "WordPiece":
-        # transformers loses a mask that begins at a space which no token covers: begin after it.
+    any_tok.chat_template = {**TEMPLATES, "spaced": SPACED}[template]
+    drops_spaces = type(any_tok.backend_tokenizer.model).__name__ == "WordPiece"
+    if drops_spaces:
+        # transformers loses a mask that begins at a space which no token covers: begin it after
+        # that.
         any_tok.chat_template = any_tok.chat_template.replace(
             "{%- generation -%}{{- ' ' +", "{{- ' ' -}}{%- generation -%}{{-"
         )
     rng = random.Random(0)
     for _ in range(30):
         messages = random_dialogue(rng, texts)
+        if drops_spaces:
+            messages = [m | {"content": m["content"].strip()} for m in messages]
         judge = any_tok.apply_chat_template(
             messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
@@ -197,7 +222,8 @@ def test_end_of_turn_is_learned_whatever_the_template(any_tok):
         said = [i for i, m in zip(ids, mask, strict=True) if m]
         assert said[-1] == any_tok.convert_tokens_to_ids(end) == end_ids(any_tok)[0]
         assert said.count(said[-1]) == (1 if name == "plain" else 2)
-    # A template that closes a turn only by opening the next: that opening is what the model must say.
+    # A template that closes a turn only by opening the next: that opening is what the model must
+    # say.
     any_tok.chat_template = NO_CLOSING
     ids, mask = encode_dialogue(any_tok, messages)
     said = [i for i, m in zip(ids, mask, strict=True) if m]
@@ -227,6 +253,8 @@ def test_typed_markers_stay_text(any_tok, template):
         # Its vocabulary spells `<s>` as a piece, so nothing can make it plain text.
         with pytest.raises(DataError, match="typed in a message"):
             special(attack)
+        with pytest.raises(DataError, match="turns '<s>' typed in a text"):
+            encode_texts(any_tok, [harmless, "obey <s>"])
         return
     assert special(attack) == special(harmless)
 
@@ -244,6 +272,36 @@ def test_typed_markers_decode_to_what_was_typed(tok):
     assert ids[1:middle] == encode_answer(tok, typed)[:-1]
 
 
+def test_documents_and_dialogues_do_not_share_guards(texts):
+    tok = train_tokenizer(texts, 400)
+    typed = "a<|end|>"
+    messages = [{"role": "user", "content": typed}, {"role": "assistant", "content": typed}]
+    [before] = encode_texts(tok, [typed])
+    ids, _ = encode_dialogue(tok, messages)
+    assert [i for i in ids if i < 6] == [3, 5, 4, 5]
+    assert encode_texts(tok, [typed]) == [before]
+
+
+def test_stand_ins_in_a_message_are_refused_only_where_they_matter(tok):
+    reply = {"role": "assistant", "content": "a"}
+    private = "\U00100000\U0010ffff"
+    ids, _ = encode_dialogue(tok, [{"role": "user", "content": private}, reply])
+    assert private in tok.decode(ids)
+    with pytest.raises(DataError, match="private-use characters"):
+        encode_dialogue(tok, [{"role": "user", "content": private + "<|end|>"}, reply])
+
+
+def test_an_unknown_character_of_the_template_is_not_an_end(texts):
+    tok = PreTrainedTokenizerFast(
+        tokenizer_object=word_piece(texts), eos_token="</s>", unk_token="<unk>"
+    )
+    tok.chat_template = "{%- for m in messages -%}{{- m['content'] + ' ☃ </s>' -}}{%- endfor -%}"
+    messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    ids, mask = encode_dialogue(tok, messages)
+    assert tok.convert_ids_to_tokens(ids)[-2:] == ["<unk>", "</s>"]
+    assert mask[-2:] == [True, True]
+
+
 def test_guarded_tokenisation_equals_the_plain_one(any_tok, texts):
     """The path for typed markers, taken by a harmless dialogue, gives the same ids."""
     any_tok.chat_template = STRIPPING
@@ -251,10 +309,38 @@ def test_guarded_tokenisation_equals_the_plain_one(any_tok, texts):
     for _ in range(20):
         spans = render(any_tok, random_dialogue(rng, texts), add_generation_prompt=False)
         plain = tokenise(any_tok, spans).ids
-        # A span boundary inside a marker's text hides it from the fast path but not from the tokenizer.
+        # A span boundary inside a marker's text hides it from the fast path but not from the
+        # tokenizer.
         forced = tokenise(any_tok, [*spans, Span("<|end|>", 0)]).ids
         assert forced[: len(plain)] == plain
         assert len(forced) > len(plain) + 1
+
+
+@pytest.mark.parametrize("kind", [byte_level, metaspace])
+def test_only_markers_are_kept_from_being_typed(kind, texts):
+    """Added tokens that mark nothing, such as runs of spaces, stay what they are in a message."""
+    tok = PreTrainedTokenizerFast(
+        tokenizer_object=kind(texts), eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
+    tok.add_tokens([AddedToken("    ", normalized=False), "<turn>", "<tool>"], special_tokens=False)
+    assert tok.all_special_tokens == ["</s>", "<unk>", "<pad>"]
+    tok.chat_template = (
+        "{%- for m in messages -%}"
+        "{{- '<turn>' + m['role'] + '    ' + m['content'] -}}{%- endfor -%}"
+    )
+    spaces, turn, tool = tok.convert_tokens_to_ids(["    ", "<turn>", "<tool>"])
+
+    def count(content):
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}]
+        ids, _ = encode_dialogue(tok, messages)
+        return [ids.count(i) for i in (spaces, turn, tool, tok.eos_token_id)]
+
+    assert count("one") == [2, 2, 0, 1]
+    assert count("one    two<tool>") == [3, 2, 1, 1]
+    assert count("one    two<tool> three<turn>") == [3, 2, 1, 1]
+    assert count("one    two<tool> three</s>") == [3, 2, 1, 1]
+    [ids] = encode_texts(tok, ["one    two<tool> three<turn></s>"])
+    assert [ids.count(i) for i in (spaces, turn, tool, tok.eos_token_id)] == [1, 1, 1, 0]
 
 
 def test_refusals_say_what_is_wrong(tok):
@@ -300,11 +386,46 @@ def test_empty_assistant_content_still_learns_to_stop(tok):
     assert [i for i, m in zip(ids, mask, strict=True) if m] == [end_ids(tok)[0]] == [ids[-1]]
 
 
-def test_truncation_asked_of_the_tokenizer_elsewhere_changes_nothing(tok):
+def test_truncation_asked_of_the_tokenizer_elsewhere_changes_nothing(tok, texts):
     messages = [
         {"role": "user", "content": "one two three four"},
         {"role": "assistant", "content": "five"},
     ]
-    before = encode_dialogue(tok, messages)
-    tok("one two three four", truncation=True, max_length=2, padding="max_length")
-    assert encode_dialogue(tok, messages) == before
+    other = train_tokenizer(texts, 400)
+    other("one two three four", truncation=True, max_length=2, padding="max_length")
+    assert encode_dialogue(other, messages) == encode_dialogue(tok, messages)
+
+
+def test_tokens_added_later_are_seen(texts):
+    tok = train_tokenizer(texts, 400)
+    messages = [{"role": "user", "content": "."}, {"role": "assistant", "content": "a"}]
+    encode_dialogue(tok, messages)
+    tok.add_special_tokens({"additional_special_tokens": ["<|over|>"]})
+    tok.chat_template = tok.chat_template.replace("<|end|>", "<|over|>")
+    assert end_ids(tok)[0] == 400
+    assert encode_dialogue(tok, messages)[0][-1] == 400
+
+
+def test_what_a_template_does_to_some_contents_only_is_noticed(bare):
+    bare.eos_token = "."
+    bare.chat_template = (
+        "{% for m in messages %}{{ m.role + m.content.split('</think>')[-1] }}{% endfor %}"
+    )
+    harmless = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    encode_dialogue(bare, harmless)
+    with pytest.raises(DataError, match="once and unchanged"):
+        encode_dialogue(bare, [harmless[0], {"role": "assistant", "content": "x</think>a"}])
+
+
+def test_a_template_that_writes_the_date_survives_midnight(bare, monkeypatch):
+    bare.eos_token = "."
+    bare.chat_template = "{{ day }}{% for m in messages %}{{ m.role + m.content }}{% endfor %}"
+    plain, day = bare.apply_chat_template, ["Monday"]
+    monkeypatch.setattr(
+        bare, "apply_chat_template", lambda *args, **kwargs: plain(*args, day=day[0], **kwargs)
+    )
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    before, _ = encode_dialogue(bare, messages)
+    day[0] = "Tuesday"
+    after, _ = encode_dialogue(bare, messages)
+    assert (bare.decode(before)[:6], bare.decode(after)[:7]) == ("Monday", "Tuesday")

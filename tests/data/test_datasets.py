@@ -1,4 +1,5 @@
-"""Datasets for each stage: what an example holds, and refusals that name the sample and the numbers."""
+"""Datasets for each stage: what an example holds, and refusals that name the sample and the
+numbers."""
 
 import pytest
 
@@ -66,7 +67,7 @@ def test_limits_are_inclusive_and_named(tok):
     ChatDataset([dialogue("one two three")], tok, length)
     with pytest.raises(
         DataError,
-        match=rf"dialogue 1 has {length} tokens, .*limit of {length - 1}\. Set train\.seq_len={length}",
+        match=rf"dialogue 1 has {length} tokens, .* {length - 1}\. Set train\.seq_len={length}",
     ):
         ChatDataset([dialogue("one"), dialogue("one two three")], tok, length - 1)
     prompt, answer = len(encode_prompt(tok, ASK)), len(encode_answer(tok, "one two three"))

@@ -1,4 +1,5 @@
-"""Files: what can be read, and what each kind of damage is called. Messages are checked for their values."""
+"""Files: what can be read, and what each kind of damage is called. Messages are checked for their
+values."""
 
 import gzip
 import json
@@ -246,7 +247,9 @@ BAD_LINES = {
     '{"messages": "hi"}': "messages is str 'hi', must be a list of messages",
     '{"messages": [5]}': r"messages\[1\] is int 5, must be an object",
     '{"messages": [{"role": "user"}]}': r"messages\[1\]\.content is null",
-    '{"messages": [{"role": "user", "content": "q"}]}': "messages ends with user, must end with the assistant",
+    '{"messages": [{"role": "user", "content": "q"}]}': (
+        "messages ends with user, must end with the assistant"
+    ),
     '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": " "}]}': (
         r"messages\[2\]\.content is empty"
     ),

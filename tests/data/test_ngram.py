@@ -1,4 +1,5 @@
-"""Kneser-Ney against a brute-force reading of the paper's equations, against sums to one, and against the literature."""
+"""Kneser-Ney against a brute-force reading of the paper's equations, against sums to one, and
+against the literature."""
 
 import math
 import random
@@ -15,7 +16,8 @@ WIKITEXT = Path(__file__).parents[2].parent / "shared" / "data" / "wikitext2"
 
 
 class BruteForce:
-    """Interpolated modified Kneser-Ney over tuples and dictionaries, straight from Chen and Goodman's definitions."""
+    """Interpolated modified Kneser-Ney over tuples and dictionaries, straight from Chen and
+    Goodman's definitions."""
 
     def __init__(self, documents, order, vocab_size):
         self.order, self.vocab_size = order, vocab_size
@@ -100,6 +102,16 @@ def test_orders_share_counts_without_mixing():
     assert KneserNey(3).fit(train, 10, EOS).nats_per_token(heldout) == -three[3].mean()
 
 
+def test_documents_do_not_see_each_other_even_if_they_hold_end_tokens():
+    train = [[1, EOS, EOS, 2, 3], [2, EOS, EOS, 2, 3], [3, 1, 2]] * 5
+    heldout = [[2, 3], [2, 3, 1], [1, 2]]
+    model = KneserNey(5).fit(train, 4, EOS)
+    together = model.logprobs(heldout, score_first=True)
+    for order in range(1, 6):
+        alone = [model.logprobs([d], score_first=True)[order] for d in heldout]
+        np.testing.assert_array_equal(together[order], np.concatenate(alone))
+
+
 @pytest.mark.parametrize("num_documents", [1, 3, 80])
 def test_probabilities_sum_to_one(num_documents):
     rng = random.Random(num_documents)
@@ -124,7 +136,8 @@ def test_higher_orders_help_where_context_does():
 
 
 def test_unigram_by_hand():
-    # 1, 1, 2, end, with one added to each of 4 ids: 1/8, 3/8, 2/8 ... of 8; held out: 2 then the end.
+    # 1, 1, 2, end, with one added to each of 4 ids: 1/8, 3/8, 2/8 ... of 8; held out: 2 then the
+    # end.
     nats = unigram_entropy([[1, 1, 2]], [[1, 2]], 4, EOS)
     assert nats == pytest.approx(-(math.log(2 / 8) + math.log(2 / 8)) / 2)
     first = unigram_entropy([[1, 1, 2]], [[1, 2]], 4, EOS, score_first=True)

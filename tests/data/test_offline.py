@@ -1,4 +1,4 @@
-"""No data path touches the network: sockets are made to raise in a fresh process, imports included."""
+"""No data path touches the network: in a fresh process, sockets raise before any import."""
 
 import subprocess
 import sys

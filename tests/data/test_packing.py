@@ -1,4 +1,5 @@
-"""Packing against a token-by-token reading of the same documents, and as the bigram counts that a model would see."""
+"""Packing against a token-by-token reading of the same documents, and as the bigram counts that a
+model would see."""
 
 import itertools
 import math
@@ -62,7 +63,8 @@ def test_rows_read_back_as_the_documents(seq_len):
                     targets[token, label] += 1
         stream = [t for d in documents for t in [*d, EOS]]
         assert read == stream
-        # Every pair of neighbours inside a document is a target exactly once, none across documents.
+        # Every pair of neighbours inside a document is a target exactly once, none across
+        # documents.
         expected = Counter()
         for document in documents:
             closed = [*document, EOS]

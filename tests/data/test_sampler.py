@@ -1,4 +1,4 @@
-"""The sampler: every sample once an epoch over any stops, and nothing but (seed, position) decides."""
+"""The sampler: every sample once an epoch over any stops; (seed, position) alone decides."""
 
 import random
 from collections import Counter
@@ -42,7 +42,8 @@ def test_order_does_not_depend_on_what_was_asked_before():
 
 
 def test_first_places_are_uniform():
-    """Chi-squared over which of 8 samples opens an epoch, 4000 epochs: below the 99.9% quantile for 7 degrees."""
+    """Chi-squared over which of 8 samples opens an epoch, 4000 epochs: below the 99.9% quantile for
+    7 degrees."""
     sampler = Sampler(8, 11)
     counts = Counter(sampler.indices(8 * epoch, 1)[0] for epoch in range(4000))
     statistic = sum((counts[i] - 500) ** 2 / 500 for i in range(8))

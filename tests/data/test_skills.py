@@ -1,4 +1,5 @@
-"""Generated tasks: every answer checked by code of its own, splits disjoint, corruptions as long as what they corrupt."""
+"""Generated tasks: every answer checked by code of its own, splits disjoint, corruptions as long as
+what they corrupt."""
 
 import importlib
 import re
@@ -118,7 +119,8 @@ def test_tasks_take_turns():
 
 
 def test_length_tells_little_about_which_answer_is_right(texts):
-    """The best rule on token lengths, chosen with hindsight, stays below 60%; so it does for each task."""
+    """The best rule on token lengths, chosen with hindsight, stays below 60%; so it does for each
+    task."""
     tok = train_tokenizer([t for _, t in read_stdlib().documents[:150]], 2000)
     pairs = skills(num_train=5500).pairs("train")
     chosen = encode_texts(tok, [p.chosen for p in pairs])
@@ -127,7 +129,8 @@ def test_length_tells_little_about_which_answer_is_right(texts):
     task = np.array([p.task for p in pairs])
 
     def best_rule(gaps):
-        # For each size of gap the rule may say "the longer one" or "the shorter one"; ties are worth a half.
+        # For each size of gap the rule may say "the longer one" or "the shorter one"; ties are
+        # worth a half.
         right = 0.5 * (gaps == 0).sum()
         for size in np.unique(np.abs(gaps[gaps != 0])):
             right += max((gaps == size).sum(), (gaps == -size).sum())

@@ -1,4 +1,5 @@
-"""The built-in corpus: what is in it, against `pydoc` and `inspect`, and what happens where parts are missing."""
+"""The built-in corpus: what is in it, against `pydoc` and `inspect`, and what happens where parts
+are missing."""
 
 import importlib
 import inspect
@@ -117,7 +118,9 @@ def test_sources_without_topics_and_broken_files(fresh, monkeypatch, tmp_path):
     (tmp_path / "good.py").write_text(
         '"""Read me."""\ndef f(a, b):\n    """Add \\x00 \\ud800 them."""\n'
     )
-    (tmp_path / "package" / "__init__.py").write_text('class C:\n    """A class."""\n')
+    (tmp_path / "package" / "__init__.py").write_text(
+        'class C:\n    """A class."""\ndef _own():\n    """Not offered."""\n'
+    )
     (tmp_path / "package" / "test" / "skipped.py").write_text('"""Not me."""')
     (tmp_path / "broken.py").write_text('"""Never closed')
     (tmp_path / "latin.py").write_bytes(b'# -*- coding: latin-1 -*-\n"""caf\xe9"""\n')
@@ -128,6 +131,6 @@ def test_sources_without_topics_and_broken_files(fresh, monkeypatch, tmp_path):
     assert dict(known.documents) == {
         "good": "module good\n\nRead me.\n\nf(a, b)\nAdd   them.",
         "latin": "module latin\n\ncafé",
-        "package": "module package\n\nclass C\nA class.",
+        "package": "module package\n\nclass C\nA class.\n\n_own()\nNot offered.",
     }
     assert known.definitions == (("good", "f"), ("package", "C"))
