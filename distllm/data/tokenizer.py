@@ -137,7 +137,7 @@ def encode_texts(tok: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[lis
     plain = known.guarded(known.special, stand_ins=False)
     forbidden = known.special - {known.unknown}
     encoded = []
-    for text, found in zip(texts, plain.tokenizer.encode_batch(list(texts)), strict=True):
+    for text, found in zip(texts, plain.tokenizer.encode_batch_fast(list(texts)), strict=True):
         ids = [plain.real.get(token, token) for token in found.ids]
         if not forbidden.isdisjoint(ids):
             typed = tok.decode(sorted(forbidden.intersection(ids)))

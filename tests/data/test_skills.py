@@ -66,6 +66,7 @@ def test_every_answer_is_right_and_every_corruption_wrong(split):
         assert pair.task == prompt.task == dialogue.task
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_modules_really_document_what_they_are_asked_about():
     checked = 0
     for prompt in skills(tasks=["module_of"], num_heldout=40).prompts("heldout"):
