@@ -12,6 +12,7 @@ used: no gradient checkpointing (its default costs time), no KL term (its defaul
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import os
@@ -191,7 +192,7 @@ class Peer:
                 callbacks=[Clock()],
             )
             trainer.train()
-        return [b - a for a, b in zip(ends, ends[1:], strict=False)][-steps:]
+        return [b - a for a, b in itertools.pairwise(ends)][-steps:]
 
 
 def ceiling(precision: str) -> float:
@@ -245,7 +246,9 @@ def tune(folder: Path, tokenizer: Any) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Measure and print; the last line is JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="steps per round and side")
     parser.add_argument("--tune", action="store_true", help="time the peer's settings first")
@@ -268,7 +271,10 @@ def main() -> None:
 
         cells: dict[str, dict[str, Any]] = {}
         for precision in ("fp32", "bf16"):
-            ours, peer = Ours(folder, tokenizer, precision, threads), Peer(folder, tokenizer, precision)
+            ours, peer = (
+                Ours(folder, tokenizer, precision, threads),
+                Peer(folder, tokenizer, precision),
+            )
             ours.run(2)
             mine: list[float] = []
             theirs: list[float] = []
@@ -282,10 +288,16 @@ def main() -> None:
             for key, values in ours.phases.items():
                 print(f"           {key.removeprefix('time/')} {statistics.median(values):.3f}")
             print(f"  TRL      {describe(theirs)}")
-            print(f"  ratio    {ratio:.2f}; the bare matrix products take {least:.3f} s, "
-                  f"so at most {statistics.median(theirs) / least:.2f}", flush=True)
+            print(
+                f"  ratio    {ratio:.2f}; the bare matrix products take {least:.3f} s, "
+                f"so at most {statistics.median(theirs) / least:.2f}",
+                flush=True,
+            )
             cells[precision] = {
-                "ours_s": mine, "peer_s": theirs, "ratio": ratio, "ceiling_s": least,
+                "ours_s": mine,
+                "peer_s": theirs,
+                "ratio": ratio,
+                "ceiling_s": least,
             }
 
     best = cells["bf16"]

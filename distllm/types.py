@@ -162,14 +162,18 @@ class Model(Protocol):
         """Return parameter-name pattern -> `column | row | vocab | sequence`."""
         ...
 
-    def join(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int) -> Batch:
+    def join(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int
+    ) -> Batch:
         """Lay prompts and responses out as model inputs; `labels` holds the response ids where they are predicted.
 
         Read row by row, the labelled positions of row i are the tokens of `responses[i]` in order.
         """
         ...
 
-    def new_cache(self, batch_size: int, max_seq_len: int, dtype: torch.dtype, device: torch.device | str) -> Any:
+    def new_cache(
+        self, batch_size: int, max_seq_len: int, dtype: torch.dtype, device: torch.device | str
+    ) -> Any:
         """Allocate a static key/value cache for generation."""
         ...
 
@@ -177,8 +181,10 @@ class Model(Protocol):
 class Objective(Protocol):
     """What is learned from a batch. Terms are additive: loss = sum_k coef_k * (sum of loss_k) / (sum of weight_k)."""
 
-    coefficients: Mapping[str, float]
-    """Term -> coefficient."""
+    @property
+    def coefficients(self) -> Mapping[str, float]:
+        """Term -> coefficient."""
+        ...
 
     def collate(self, examples: Sequence[Any]) -> Batch:
         """Pad `examples` to one rectangle."""

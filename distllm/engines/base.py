@@ -83,6 +83,4 @@ def build_engine(
 ) -> Engine:
     """Put `model` under the engine that `options.name` names; without `optim` it is frozen."""
     engine = registry.get("engine", options.name)
-    return engine(
-        role, model, options=options, hardware=hardware, precision=precision, optim=optim
-    )
+    return engine(role, model, options=options, hardware=hardware, precision=precision, optim=optim)

@@ -46,7 +46,9 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
         ConfigError: the name is unknown or not available yet.
     """
     if name == "fp8":
-        raise ConfigError("train.precision=fp8 is not available in this version. Set auto, fp32 or bf16.")
+        raise ConfigError(
+            "train.precision=fp8 is not available in this version. Set auto, fp32 or bf16."
+        )
     if name not in PRECISIONS:
         raise ConfigError(f"train.precision={name} is unknown. Known: {', '.join(PRECISIONS)}.")
     if name == "auto":
@@ -56,7 +58,9 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
 
 def available_cores() -> int:
     """Cores this process may run on: its affinity mask, cut by a container's CPU quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     quota = Path("/sys/fs/cgroup/cpu.max")
     if quota.exists():
         limit, period = quota.read_text().split()[:2]

@@ -18,7 +18,10 @@ class AdamW:
         """Build the optimizer; parameters of two and more dims are decayed, gains and biases are not."""
         parameters = [p for p in model.parameters() if p.requires_grad]
         groups = [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": options.weight_decay},
+            {
+                "params": [p for p in parameters if p.ndim >= 2],
+                "weight_decay": options.weight_decay,
+            },
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
         return torch.optim.AdamW(

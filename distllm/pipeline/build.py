@@ -138,7 +138,11 @@ class Builder:
             if "documents" not in text_source.serves:
                 text_source = open_source(replace(config.data, name="stdlib"), config.run.seed)
             texts = [d.text for d in text_source.documents("train")]
-            _log.info("Training a tokenizer of %d on data=%s.", config.arch.vocab_size, text_source.options.name)
+            _log.info(
+                "Training a tokenizer of %d on data=%s.",
+                config.arch.vocab_size,
+                text_source.options.name,
+            )
             aside = self.run_dir / ".tokenizer.tmp"
             shutil.rmtree(aside, ignore_errors=True)
             save_tokenizer(train_tokenizer(texts, config.arch.vocab_size), aside)

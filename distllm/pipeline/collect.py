@@ -113,7 +113,11 @@ def mix(
         if wrong:
             nearest = min(wrong, key=lambda text: (abs(len(text) - len(right)), text))
             pair = Pair(
-                prompt=prompt.messages, chosen=right, rejected=nearest, kind="sampled", task=prompt.task
+                prompt=prompt.messages,
+                chosen=right,
+                rejected=nearest,
+                kind="sampled",
+                task=prompt.task,
             )
             pairs.append(pair)
             num_sampled += 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from distllm import registry
@@ -80,9 +79,9 @@ def build(builder: Builder) -> Parts:
         rewards = reward.score(records, sampled.rollouts, sampled.texts)
         metrics["eval/reward"] = sum(rewards) / len(rewards)
         metrics["eval/rewards"] = rewards
-        metrics["eval/response_length"] = sum(
-            len(r.response_ids) for r in sampled.rollouts
-        ) / len(rewards)
+        metrics["eval/response_length"] = sum(len(r.response_ids) for r in sampled.rollouts) / len(
+            rewards
+        )
         if "reference" in engines:
             args = (sampled.rollouts, join, builder.pad_id, config.generation.temperature)
             now = score_logprobs(policy, *args, config.train.micro_batch_size)
@@ -113,7 +112,9 @@ def _reward(builder: Builder, join: Any, engines: dict[str, Engine]) -> tuple[An
     if name != "model":
         return cls(), {}
     if not stage.reward_model:
-        raise ConfigError("stage.reward=model needs stage.reward_model=DIR, the directory of a reward model.")
+        raise ConfigError(
+            "stage.reward=model needs stage.reward_model=DIR, the directory of a reward model."
+        )
     model, tokenizer = load_model(stage.reward_model)
     if model.head_name not in REWARD_HEADS:
         raise ConfigError(

@@ -158,7 +158,12 @@ def summarise(config: Config, folder: Path, jobs: list[Job]) -> dict[str, Any]:
     """Gather what the stages reported."""
     results = {job.folder.name: read_result(job.folder) or {} for job in jobs}
     stages = [
-        {"name": job.folder.name, "dir": job.folder.name, "round": job.round, "kind": job.stage.kind}
+        {
+            "name": job.folder.name,
+            "dir": job.folder.name,
+            "round": job.round,
+            "kind": job.stage.kind,
+        }
         for job in jobs
     ]
     metrics: Mapping[str, Any] = next(

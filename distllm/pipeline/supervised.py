@@ -107,9 +107,7 @@ def likelihood_baseline(builder: Builder, objective: Reward) -> dict[str, float]
     }
 
 
-def _parts(
-    builder: Builder, engine: Engine, objective: Any, train: Any, measure: Measure
-) -> Parts:
+def _parts(builder: Builder, engine: Engine, objective: Any, train: Any, measure: Measure) -> Parts:
     config = builder.config
     source = SampleSource(
         train,

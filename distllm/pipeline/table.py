@@ -76,7 +76,15 @@ def _reward(name: str, m: Mapping[str, float]) -> list[Row]:
     accuracy = m["after/accuracy"]
     note = f"95%: {m['after/accuracy_low']:.1%} to {m['after/accuracy_high']:.1%}; chance 50%"
     rows = [
-        _row(name, "pairwise accuracy", m["before/accuracy"], accuracy, "> 75%", accuracy > 0.75, note)
+        _row(
+            name,
+            "pairwise accuracy",
+            m["before/accuracy"],
+            accuracy,
+            "> 75%",
+            accuracy > 0.75,
+            note,
+        )
     ]
     if "after/accuracy_corrupted" in m:
         corrupted = m["after/accuracy_corrupted"]
@@ -150,7 +158,9 @@ def _rl(name: str, m: Mapping[str, float]) -> list[Row]:
     if "after/kl_ref" in m:
         rows.append(_row(name, "KL from the reference, nats per response", 0.0, m["after/kl_ref"]))
     rows.append(
-        _row(name, "response length, tokens", m["before/response_length"], m["after/response_length"])
+        _row(
+            name, "response length, tokens", m["before/response_length"], m["after/response_length"]
+        )
     )
     return rows
 
@@ -167,7 +177,9 @@ def _control(
         ok = reached - m["after/exact_match"] >= 0.05
         bar = f"GRPO ({reached:.1%}) ahead by >= 5 points"
         note = f"{result['wall_s']:.0f} s against GRPO's {rival['wall_s']:.0f} s"
-    return [_row(name, "exact match", m["before/exact_match"], m["after/exact_match"], bar, ok, note)]
+    return [
+        _row(name, "exact match", m["before/exact_match"], m["after/exact_match"], bar, ok, note)
+    ]
 
 
 def _interval(m: Mapping[str, float]) -> str:

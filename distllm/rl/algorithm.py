@@ -70,7 +70,9 @@ class Algorithm(ABC):
         args = (rollouts, self.join, self.pad_id, self.temperature, self.batch_size)
         kl_in_reward = "reference" in engines and not self.kl_in_loss
         if not self.on_policy or kl_in_reward or self.options.target_kl:
-            for rollout, old in zip(rollouts, score_logprobs(engines["policy"], *args), strict=True):
+            for rollout, old in zip(
+                rollouts, score_logprobs(engines["policy"], *args), strict=True
+            ):
                 rollout.old_logprobs = old
         if "reference" not in engines:
             return {}
@@ -85,9 +87,7 @@ class Algorithm(ABC):
     def token_kl(self, rollout: Rollout, kind: str | None = None) -> torch.Tensor:
         """Estimate the KL from the reference at each token of one rollout, [response]."""
         assert rollout.old_logprobs is not None and rollout.ref_logprobs is not None
-        return kl_estimate(
-            rollout.old_logprobs, rollout.ref_logprobs, kind or self.options.kl_kind
-        )
+        return kl_estimate(rollout.old_logprobs, rollout.ref_logprobs, kind or self.options.kl_kind)
 
     def _steer(self, kl: float, num_responses: int) -> None:
         """Move the coefficient towards the target (Ziegler et al. 2019, arXiv 1909.08593, section 2.2)."""

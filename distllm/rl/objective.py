@@ -17,7 +17,14 @@ from distllm.rl.options import RLOptions
 from distllm.types import IGNORE_INDEX, Batch, LossOutput, Model, Rollout
 
 Join = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]], int], Batch]
-TOKEN_FIELDS = ("rollout_logprobs", "old_logprobs", "ref_logprobs", "old_values", "advantages", "returns")
+TOKEN_FIELDS = (
+    "rollout_logprobs",
+    "old_logprobs",
+    "ref_logprobs",
+    "old_values",
+    "advantages",
+    "returns",
+)
 
 
 def collate_rollouts(rollouts: Sequence[Rollout], join: Join, pad_id: int) -> Batch:

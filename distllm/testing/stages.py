@@ -64,7 +64,9 @@ def run_tiny(folder: Path, overrides: list[str], stop: Any = None) -> StageResul
 def tiny_model(folder: Path) -> Path:
     """Pretrain a toy model for two steps below `folder`; return its directory."""
     text = write_text(folder / "text.txt")
-    run_tiny(folder / "run", ["stage=pretrain", "data=file", f"data.path='{text}'", "train.max_steps=2"])
+    run_tiny(
+        folder / "run", ["stage=pretrain", "data=file", f"data.path='{text}'", "train.max_steps=2"]
+    )
     return folder / "run" / "model"
 
 

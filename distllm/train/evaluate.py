@@ -12,8 +12,8 @@ from torch import Tensor
 from distllm.data.datasets import PairExample, PromptExample
 from distllm.data.skills import exact_match
 from distllm.engines.base import Engine
-from distllm.generation.options import GenerationOptions
 from distllm.generation.generate import generate
+from distllm.generation.options import GenerationOptions
 from distllm.objectives.reward import Reward, score
 from distllm.train.intervals import expected_calibration_error, wilson
 from distllm.types import Batch, LossOutput, Model, Objective, Rollout, sum_by_key
@@ -31,9 +31,7 @@ def evaluate_loss(
     losses = sum_by_key(p.losses for p in parts)
     totals = sum_by_key(weights)
     result = {
-        "eval/loss": sum(
-            objective.coefficients[k] * (losses[k] / totals[k]).item() for k in losses
-        )
+        "eval/loss": sum(objective.coefficients[k] * (losses[k] / totals[k]).item() for k in losses)
     }
     sums = sum_by_key({k: v[0] for k, v in p.metrics.items()} for p in parts)
     counts = sum_by_key({k: v[1] for k, v in p.metrics.items()} for p in parts)

@@ -23,7 +23,11 @@ def paired_interval(before: Sequence[float], after: Sequence[float]) -> tuple[fl
     """Return mean, lower and upper end (95%, normal) of the paired differences after - before."""
     differences = [b - a for a, b in zip(before, after, strict=True)]
     mean = fmean(differences)
-    half = Z_95 * stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
+    half = (
+        Z_95 * stdev(differences) / math.sqrt(len(differences))
+        if len(differences) > 1
+        else math.inf
+    )
     return mean, mean - half, mean + half
 
 

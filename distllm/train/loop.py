@@ -105,19 +105,12 @@ class Loop:
 
     def _guard(self, part: Work, result: StepResult) -> None:
         """Count a skipped step, and stop when there are too many."""
-        if not result.skipped:
-            return
-        self.num_skipped += 1
-        if self.num_skipped > self.options.max_skipped_steps:
-            what = (
-                f"loss {result.loss}"
-                if result.loss != result.loss or abs(result.loss) == float("inf")
-                else "gradient"
-            )
+        self.num_skipped += result.skipped
+        if result.skipped and self.num_skipped > self.options.max_skipped_steps:
             raise EngineError(
-                f"Step {self.step + 1} of the {part.engine.role}: non-finite {what} on samples "
-                f"{sample_ids(part.micro_batches)[:32]}. The weights were not touched. {self.num_skipped} steps "
-                f"were skipped and train.max_skipped_steps={self.options.max_skipped_steps}; look at these "
+                f"Step {self.step + 1} of the {part.engine.role}: non-finite loss ({result.loss}) or gradient on "
+                f"samples {sample_ids(part.micro_batches)[:32]}; the weights were not touched. {self.num_skipped} "
+                f"steps were skipped and train.max_skipped_steps={self.options.max_skipped_steps}. Look at these "
                 "samples, lower optim.lr, or raise train.max_skipped_steps."
             )
 

@@ -16,8 +16,13 @@ SFT = ["stage=sft", *SKILLS]
 
 
 def test_a_sequence_longer_than_the_model_names_both_lengths(tmp_path, parent):
-    with pytest.raises(ConfigError, match=r"train\.seq_len=128 .* max_seq_len=96.*train\.seq_len=96"):
-        run_tiny(tmp_path / "run", [*SFT, f"model='{parent}'", "arch.max_seq_len=128", "train.seq_len=128"])
+    with pytest.raises(
+        ConfigError, match=r"train\.seq_len=128 .* max_seq_len=96.*train\.seq_len=96"
+    ):
+        run_tiny(
+            tmp_path / "run",
+            [*SFT, f"model='{parent}'", "arch.max_seq_len=128", "train.seq_len=128"],
+        )
 
 
 def test_a_tokenizer_that_does_not_fit_the_model_is_refused(tmp_path, parent):
@@ -82,7 +87,9 @@ def small_disk(tmp_path):
         pytest.skip("mounting a small disk needs root")
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "none", folder], check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1500k", "none", folder], check=False
+    )
     if mounted.returncode:
         pytest.skip("mounting is not allowed here")
     yield folder
@@ -121,4 +128,6 @@ def test_a_model_without_a_tokenizer_says_so(tmp_path):
 def test_data_that_the_stage_cannot_learn_from_is_refused(tmp_path, parent):
     text = write_text(tmp_path / "text.txt")
     with pytest.raises(UserError, match="dialogues"):
-        run_tiny(tmp_path / "run", ["stage=sft", "data=file", f"data.path='{text}'", f"model='{parent}'"])
+        run_tiny(
+            tmp_path / "run", ["stage=sft", "data=file", f"data.path='{text}'", f"model='{parent}'"]
+        )

@@ -70,7 +70,10 @@ def has_step(folder, step):
 
 @pytest.mark.parametrize(
     "phase",
-    ["mid_write", *(pytest.param(p, marks=pytest.mark.slow) for p in ("before_rename", "after_rename"))],
+    [
+        "mid_write",
+        *(pytest.param(p, marks=pytest.mark.slow) for p in ("before_rename", "after_rename")),
+    ],
 )
 def test_a_kill_inside_a_checkpoint_write_changes_nothing(tmp_path, parent, phase):
     settings = [

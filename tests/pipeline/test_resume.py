@@ -37,7 +37,13 @@ STAGES = {
         "stage.kl_horizon=100",
         "stage.value_warmup_steps=2",
     ],
-    "grpo": ["stage=grpo", *SKILLS, "stage.num_samples=4", "stage.kl_coef=0.1", "stage.num_epochs=3"],
+    "grpo": [
+        "stage=grpo",
+        *SKILLS,
+        "stage.num_samples=4",
+        "stage.kl_coef=0.1",
+        "stage.num_epochs=3",
+    ],
 }
 
 

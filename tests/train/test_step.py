@@ -57,7 +57,9 @@ def case(name):
         return model, Reward(RewardOptions(), PAD_ID, model.join), pair_examples(8)
     if name == "value":
         return model, ValueObjective(PPOOptions(), model.join, PAD_ID), rollouts()
-    options = RLOptions(kl_coef=0.1, kl_kind="k3", entropy_coef=0.01, aggregation=name.split("-")[1])
+    options = RLOptions(
+        kl_coef=0.1, kl_kind="k3", entropy_coef=0.01, aggregation=name.split("-")[1]
+    )
     return model, PolicyObjective(options, model.join, PAD_ID, 0.7, kl_in_loss=True), rollouts()
 
 
@@ -128,9 +130,9 @@ def test_the_loss_reported_is_the_global_mean():
     model, objective, examples = case("sft")
     engine = single_engine(model)
     batches = [objective.collate(examples[:3]), objective.collate(examples[3:])]
-    expected = sum(
-        objective.loss(model, b).losses["lm"].item() for b in batches
-    ) / sum(objective.weights(b)["lm"].item() for b in batches)
+    expected = sum(objective.loss(model, b).losses["lm"].item() for b in batches) / sum(
+        objective.weights(b)["lm"].item() for b in batches
+    )
     result = optimizer_step(engine, objective, batches, lr=1e-3)
     assert math.isclose(result.loss, expected, rel_tol=1e-12)
     assert result.grad_norm > 0 and not result.skipped
