@@ -55,11 +55,7 @@ def attention(
 
 
 def _blocks_pay(q: Tensor) -> bool:
-    return (
-        q.device.type == "cpu"
-        and 1 < q.shape[1] <= _LONGEST_BLOCKED
-        and not torch.compiler.is_compiling()
-    )
+    return q.device.type == "cpu" and 1 < q.shape[1] <= _LONGEST_BLOCKED
 
 
 def _one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:

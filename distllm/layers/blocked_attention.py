@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distllm.layers.positions import Rotary
+from distllm.layers.positions import Rotary, rotate
 
 _softmax_backward = torch.ops.aten._softmax_backward_data.default
 
@@ -21,8 +21,35 @@ def blocked_attention(
     q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None, bias: Tensor | None, scale: float
 ) -> Tensor:
     """Causal attention of equally many queries and keys; arguments as in `attention.attention`."""
+    if torch.compiler.is_compiling():
+        return _traced(q, k, v, rotary, bias, scale)
     cos, sin = (None, None) if rotary is None else (t[:, None] for t in rotary)
     return _BlockedAttention.apply(q, k, v, cos, sin, bias, scale)
+
+
+def _traced(
+    q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None, bias: Tensor | None, scale: float
+) -> Tensor:
+    """The same in plain operations: a compiler fuses them and derives the backward."""
+    batch, seq, n_heads, d_head = q.shape
+    groups = n_heads // k.shape[2]
+    if rotary is not None:
+        q, k = rotate(q, rotary), rotate(k, rotary)
+    k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
+    q, k, v = (x.transpose(1, 2).reshape(-1, seq, d_head) for x in (q * scale, k, v))
+    size = _block_size(seq)
+    columns = torch.arange(seq, device=q.device)
+    blocks = []
+    for start in range(0, seq, size):
+        end = min(start + size, seq)
+        scores = torch.bmm(q[:, start:end], k[:, :end].transpose(1, 2))
+        if bias is None:
+            scores = scores.masked_fill(columns[:end] > columns[start:end, None], float("-inf"))
+        else:
+            scores = scores.unflatten(0, (batch, n_heads)) + bias[:, :, start:end, :end]
+            scores = scores.flatten(0, 1)
+        blocks.append(torch.bmm(torch.softmax(scores, dim=-1), v[:, :end]))
+    return torch.cat(blocks, dim=1).view(batch, n_heads, seq, d_head).transpose(1, 2)
 
 
 class _BlockedAttention(torch.autograd.Function):
