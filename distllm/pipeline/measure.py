@@ -11,7 +11,13 @@ from functools import partial
 from typing import Any
 
 from distllm import registry
-from distllm.data.datasets import ChatDataset, PairDataset, PromptDataset, text_rows
+from distllm.data.datasets import (
+    ChatDataset,
+    PairDataset,
+    PairExample,
+    PromptDataset,
+    text_rows,
+)
 from distllm.engines.base import Engine
 from distllm.generation.generate import generate
 from distllm.generation.options import GenerationOptions
@@ -22,9 +28,10 @@ from distllm.train.evaluate import (
     answer,
     evaluate_loss,
     exact_match_metrics,
-    pair_margins,
+    pair_scores,
     preference_metrics,
 )
+from distllm.types import Pair
 
 Measure = Callable[[], tuple[dict[str, Any], list[dict[str, Any]]]]
 """Returns metrics `eval/...`, and records for samples.jsonl."""
@@ -68,22 +75,34 @@ def measure_dialogues(builder: Builder, engine: Engine) -> Measure:
     return measure
 
 
-def heldout_pairs(builder: Builder) -> list[Any]:
-    """Encode the held-out pairs that an evaluation judges."""
+def heldout_pairs(builder: Builder) -> tuple[list[Pair], list[PairExample]]:
+    """Return the held-out pairs that an evaluation judges, as records and encoded."""
     train = builder.config.train
-    pairs = PairDataset(builder.data.pairs("heldout"), builder.tokenizer, train.seq_len)
-    return [pairs[i] for i in range(min(len(pairs), train.num_eval_samples))]
+    records = builder.data.pairs("heldout")[: train.num_eval_samples]
+    pairs = PairDataset(records, builder.tokenizer, train.seq_len)
+    return records, [pairs[i] for i in range(len(pairs))]
 
 
 def measure_pairs(builder: Builder, engine: Engine, objective: Reward) -> Measure:
     """Pairwise accuracy with its interval, by kind of pair, and calibration."""
-    pairs = heldout_pairs(builder)
+    records, pairs = heldout_pairs(builder)
     size = builder.config.train.micro_batch_size
 
     def measure() -> tuple[dict[str, Any], list[dict[str, Any]]]:
         metrics = evaluate_loss(engine, objective, pairs, size)
-        margins = pair_margins(engine, objective, pairs, size)
-        return metrics | preference_metrics(margins, pairs), []
+        chosen, rejected = pair_scores(engine, objective, pairs, size)
+        shown = [
+            {
+                "prompt": r.prompt[-1]["content"],
+                "chosen": r.chosen,
+                "rejected": r.rejected,
+                "chosen_score": chosen[i].item(),
+                "rejected_score": rejected[i].item(),
+                "kind": r.kind,
+            }
+            for i, r in enumerate(records[:NUM_SAMPLES_SHOWN])
+        ]
+        return metrics | preference_metrics(chosen - rejected, pairs), shown
 
     return measure
 

@@ -13,7 +13,7 @@ from distllm.data import ngram
 from distllm.data.datasets import ChatDataset, PairDataset, text_rows
 from distllm.engines.base import Engine
 from distllm.errors import ConfigError
-from distllm.objectives.reward import Reward, score
+from distllm.objectives.reward import Reward
 from distllm.pipeline.build import Builder, Parts
 from distllm.pipeline.measure import (
     Measure,
@@ -22,7 +22,7 @@ from distllm.pipeline.measure import (
     measure_documents,
     measure_pairs,
 )
-from distllm.train.evaluate import pair_margins, preference_metrics
+from distllm.train.evaluate import pair_scores, preference_metrics
 from distllm.train.source import SampleSource
 
 REWARD_HEADS = ("last", "likelihood")
@@ -84,12 +84,9 @@ def _reward(builder: Builder) -> Parts:
 
 def _normalise(engine: Engine, objective: Reward, train: PairDataset, batch_size: int) -> None:
     """Shift and scale the scores to mean 0 and deviation 1 over training answers, right and wrong."""
-    scores = []
     count = min(len(train), NUM_NORMALISED)
-    for start in range(0, count, batch_size):
-        part = [train[i] for i in range(start, min(start + batch_size, count))]
-        scores.append(engine.infer(score, objective.collate(part).to(engine.device)).double())
-    both = torch.cat(scores)
+    part = [train[i] for i in range(count)]
+    both = torch.cat(pair_scores(engine, objective, part, batch_size))
     head: Any = engine.model.head
     head.reward_mean.copy_(both.mean())
     head.reward_std.copy_(both.std())
@@ -98,11 +95,12 @@ def _normalise(engine: Engine, objective: Reward, train: PairDataset, batch_size
 def likelihood_baseline(builder: Builder, objective: Reward) -> dict[str, float]:
     """Judge the held-out pairs by the log-likelihood of the model that training starts from."""
     engine = builder.engine("baseline", builder.model("likelihood", dropout=False), trained=False)
-    pairs = heldout_pairs(builder)
-    margins = pair_margins(engine, objective, pairs, builder.config.train.micro_batch_size)
+    _, pairs = heldout_pairs(builder)
+    size = builder.config.train.micro_batch_size
+    chosen, rejected = pair_scores(engine, objective, pairs, size)
     return {
         k.replace("eval/", "baseline/likelihood_"): v
-        for k, v in preference_metrics(margins, pairs).items()
+        for k, v in preference_metrics(chosen - rejected, pairs).items()
         if k.startswith("eval/accuracy")
     }
 

@@ -111,16 +111,16 @@ def exact_match_metrics(answers: Answers) -> dict[str, float]:
     return metrics
 
 
-def pair_margins(
+def pair_scores(
     engine: Engine, objective: Reward, pairs: Sequence[PairExample], batch_size: int
-) -> Tensor:
-    """Return score(chosen) - score(rejected) for each pair, [pairs]."""
-    margins = []
+) -> tuple[Tensor, Tensor]:
+    """Return the scores of the chosen and of the rejected answers, each [pairs] float64."""
+    halves = []
     for start in range(0, len(pairs), batch_size):
         batch = objective.collate(_slice(pairs, start, start + batch_size)).to(engine.device)
-        chosen, rejected = engine.infer(score, batch).double().cpu().chunk(2)
-        margins.append(chosen - rejected)
-    return torch.cat(margins)
+        halves.append(engine.infer(score, batch).double().cpu().chunk(2))
+    chosen, rejected = zip(*halves, strict=True)
+    return torch.cat(chosen), torch.cat(rejected)
 
 
 def preference_metrics(margins: Tensor, pairs: Sequence[PairExample]) -> dict[str, float]:
