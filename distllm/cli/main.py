@@ -33,7 +33,7 @@ VERBS = {
     "report": "write one HTML file with the plots of one or several runs",
 }
 
-EXIT_DONE, EXIT_USER, EXIT_STOPPED = 0, 2, 3
+EXIT_DONE, EXIT_FAILED, EXIT_USER, EXIT_STOPPED = range(4)
 
 _HELP = """usage: distllm VERB [key=value ...]
 
@@ -67,6 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"distllm: {error}", file=sys.stderr)
         return EXIT_USER
+    except KeyboardInterrupt:
+        # Before a run is under way, or where there is none: nothing to save.
+        print("distllm: interrupted", file=sys.stderr)
+        return EXIT_FAILED
     except BrokenPipeError:
         # The reader (`| head`) has seen enough. Python would complain once more when it flushes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

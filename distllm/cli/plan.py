@@ -7,8 +7,10 @@ from distllm.cli.arguments import split
 
 HELP = """
 usage: distllm plan [the settings of distllm train]
+       distllm plan pipeline=NAME [the settings of distllm pipeline]
 
-Prints batch arithmetic, parameters per part, FLOPs per token and memory per process. Starts nothing, writes nothing.
+Prints batch arithmetic, parameters per part, FLOPs per token and memory per process; for a pipeline, one line per
+stage. Starts nothing, writes nothing.
 
 Examples:
   distllm plan train.seq_len=512 train.global_batch_size=64
@@ -31,6 +33,8 @@ def run(arguments: Sequence[str]) -> int:
     if kind not in ("table", "json"):
         raise ConfigError(unknown_name("format", kind, ("table", "json")))
     config = compose(given.overrides, also_known=OWN)
+    if config.pipeline.stages:
+        return _plan_pipeline(config)
     check_training(config)
     plan = make_plan(config)
     plan.batch.update(count_epochs(config, _tokenizer(config)))
@@ -45,6 +49,40 @@ def run(arguments: Sequence[str]) -> int:
     _section("floating-point operations (forward and backward)", plan.flops, _flops)
     _section("memory per process (estimate)", plan.memory, _mib)
     _compare_with_machine(plan.memory["total"])
+    return 0
+
+
+def _plan_pipeline(config: Any) -> int:
+    """Print one line per training stage. Parents do not exist yet, so each is taken to have the shape `arch`."""
+    from dataclasses import replace
+    from pathlib import Path
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from distllm.config.plan import make_plan
+    from distllm.pipeline.run import job_config, plan_jobs
+
+    table = Table("stage", "steps", "batch", "tokens at most", "FLOPs at most", "memory")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for job in plan_jobs(config.pipeline, Path(config.run.dir)):
+        stage = replace(job_config(config, job), model=None)
+        if job.stage.kind != "train":
+            table.add_row(job.folder.name, job.stage.kind, "", "", "", "")
+            continue
+        plan = make_plan(stage)
+        tokens = plan.batch["tokens in all at most"]
+        flops = tokens * plan.flops["per token, full attention"]
+        table.add_row(
+            job.folder.name,
+            _plain(stage.train.max_steps),
+            _plain(stage.train.global_batch_size),
+            _plain(tokens),
+            _flops(flops),
+            _mib(plan.memory["total"]),
+        )
+    Console().print(table)
     return 0
 
 

@@ -16,6 +16,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -79,7 +80,7 @@ def read_files(choices: Mapping[str, str]) -> list[tuple[str, str]]:
     with _hydra():
         loader = GlobalHydra.instance().config_loader()
         chosen = [f"{group}={option}" for group, option in choices.items()]
-        plan = loader.compute_defaults_list("config", chosen, hydra.types.RunMode.RUN)
+        plan = loader.compute_defaults_list("config", chosen, RunMode.RUN)
     return [
         (d.config_path, d.package or "")
         for d in plan.defaults

@@ -39,7 +39,9 @@ def matmul_parameters(model: nn.Module) -> int:
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     projection = getattr(model.head, "projection", None)
     count = sum(p.numel() for p in model.parameters() if p.ndim > 1 and id(p) not in looked_up)
-    return count + (projection.numel() if id(projection) in looked_up else 0)
+    if projection is not None and id(projection) in looked_up:
+        count += projection.numel()
+    return count
 
 
 def flops_per_token(model: Any, seq_len: int, *, causal_half: bool) -> int:

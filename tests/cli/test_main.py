@@ -123,6 +123,17 @@ def test_every_user_error_is_caught(monkeypatch, capsys):
     assert capsys.readouterr().err == "distllm: no such engine\n"
 
 
+def test_ctrl_c_where_nothing_runs_leaves_no_traceback(monkeypatch, capsys):
+    import distllm.cli.doctor as doctor
+
+    def interrupt(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "run", interrupt)
+    assert main(["doctor"]) == 1
+    assert capsys.readouterr().err == "distllm: interrupted\n"
+
+
 @pytest.mark.parametrize("form", ["--local_rank=3", "--local-rank=3"])
 def test_the_launchers_local_rank_is_dropped(form, monkeypatch, capsys):
     monkeypatch.delenv("LOCAL_RANK", raising=False)

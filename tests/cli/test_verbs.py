@@ -98,6 +98,15 @@ def test_plan_for_scripts_and_with_a_tokenizer(capsys, corpus, run_dir):
     assert "Did you mean json?" in mistake(capsys, "plan", "format=jso")
 
 
+def test_plan_of_a_pipeline(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = output(capsys, "plan", "pipeline=demo", "pipeline.rounds=2")
+    rows = {line.split("│")[1].strip(): line for line in text.splitlines() if line.startswith("│")}
+    assert {"pretrain", "sft", "reward", "ppo", "grpo", "reward-2", "grpo-2"} <= set(rows)
+    assert rows["ppo"].split("│")[2:4] == rows["ppo-2"].split("│")[2:4]
+    assert "MiB" in rows["pretrain"] and list(tmp_path.iterdir()) == []
+
+
 def test_train_leaves_a_model(run_dir):
     assert (run_dir / "model/model.safetensors").is_file()
     assert (run_dir / "config.yaml").is_file()
