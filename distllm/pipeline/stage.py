@@ -110,7 +110,8 @@ def _train(
         metrics, samples = parts.evaluate()
         for record in samples:
             tracker.sample({"step": step, "stage": stage, "when": when, **record})
-        tracker.log(step, {"stage": stage, **_scalars(metrics)})
+        if when != "train":  # the loop writes its own lines
+            tracker.log(step, {"stage": stage, **_scalars(metrics)})
         return metrics
 
     def save(loop: Loop) -> None:
