@@ -115,9 +115,10 @@ class Conversation:
             self.messages = self.messages[2:]
             num_dropped += 1
         if num_dropped:
+            what = "question and answer" if num_dropped == 1 else "questions and answers"
             _say(
-                f"(The conversation no longer fits the model's {context} tokens: the oldest "
-                f"{num_dropped} question{'s' if num_dropped > 1 else ''} and answers were dropped.)"
+                f"(The conversation no longer fits the model's {context} tokens. "
+                f"Dropped: the {num_dropped} oldest {what}.)"
             )
         return prompt_ids
 

@@ -179,7 +179,10 @@ def test_chat_drops_the_oldest_turns(folder, tokenizer, monkeypatch, capsys):
     feed(monkeypatch, "\n".join(questions) + "\n")
     assert chat(folder, "system=the dog") == 0
     err = capsys.readouterr().err
-    assert f"no longer fits the model's {CONTEXT} tokens: the oldest 1 question and answer" in err
+    assert (
+        f"no longer fits the model's {CONTEXT} tokens. Dropped: the 1 oldest question and answer."
+        in err
+    )
     assert len(seen) == 8 and max(map(len, seen)) + 12 <= CONTEXT
     for question, prompt_ids in zip(questions, seen, strict=True):
         shown = tokenizer.decode(prompt_ids)
