@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from distllm.arch.io import load_model as load_model
     from distllm.arch.io import save_model as save_model
     from distllm.config.compose import compose as compose
-    from distllm.generation.generate import generate as generate
+    from distllm.generation.tensors import generate as generate
 
 _HOMES = {
     "load_model": "distllm.arch.io",
     "save_model": "distllm.arch.io",
-    "generate": "distllm.generation.generate",
+    "generate": "distllm.generation.tensors",
     "compose": "distllm.config.compose",
 }
 

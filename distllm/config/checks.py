@@ -205,6 +205,13 @@ def _rl_problems(config: Config) -> list[str]:
         problems.append(
             "stage.reward=model needs a reward model. Set stage.reward_model=DIR, the model/ of a stage=reward run."
         )
+    generation = config.generation
+    if generation.top_k or generation.top_p < 1 or generation.stop:
+        problems.append(
+            f"generation.top_k={generation.top_k} generation.top_p={generation.top_p} "
+            f"generation.stop={generation.stop}: RL learns from the distribution it samples from, so all three must "
+            "be off. Set generation.top_k=0 generation.top_p=1 generation.stop=[]."
+        )
     if config.generation.temperature == 0:
         problems.append(
             "generation.temperature=0 samples the same response each time, so there is nothing to learn from. "

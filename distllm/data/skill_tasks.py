@@ -132,6 +132,28 @@ def largest_number(rng: Random, material: Material) -> Exercise:
     return Exercise(f"Largest of: {' '.join(numbers)}", answer, wrong)
 
 
+def largest_digit(rng: Random, material: Material) -> Exercise:
+    """Name the largest of three to six different digits."""
+    return _extreme_digit(rng, "Largest of: ", max)
+
+
+def smallest_digit(rng: Random, material: Material) -> Exercise:
+    """Name the smallest of three to six different digits."""
+    return _extreme_digit(rng, "Smallest of: ", min)
+
+
+def letter_after(rng: Random, material: Material) -> Exercise:
+    """Name the letter that follows a given one in a row of four to seven different letters."""
+    letters = rng.sample(LETTERS, rng.randint(4, 7))
+    place = rng.randrange(len(letters) - 1)
+    answer = letters[place + 1]
+    return Exercise(
+        f"After {letters[place]} in: {' '.join(letters)}",
+        answer,
+        rng.choice([x for x in letters if x != answer]),
+    )
+
+
 def small_sum(rng: Random, material: Material) -> Exercise:
     """Add a number below 50 and one below 20."""
     left, right = rng.randrange(50), rng.randrange(20)
@@ -159,6 +181,9 @@ TASKS: dict[str, Task] = {
     "sort_digits": sort_digits,
     "count_letter": count_letter,
     "largest_number": largest_number,
+    "largest_digit": largest_digit,
+    "smallest_digit": smallest_digit,
+    "letter_after": letter_after,
     "small_sum": small_sum,
     "module_of": module_of,
 }
@@ -203,6 +228,14 @@ def _pick(rng: Random, material: Material, verb: str, place: int) -> Exercise:
     words = rng.sample(pool, rng.randint(3, 7))
     answer = words[place]
     return Exercise(verb + " ".join(words), answer, rng.choice([w for w in words if w != answer]))
+
+
+def _extreme_digit(rng: Random, verb: str, choose: Callable[[Sequence[str]], str]) -> Exercise:
+    """Ask for one of several different digits."""
+    digits = rng.sample("0123456789", rng.randint(3, 6))
+    answer = choose(digits)
+    wrong = rng.choice([d for d in digits if d != answer])
+    return Exercise(verb + " ".join(digits), answer, wrong)
 
 
 def _change_digit(rng: Random, number: str) -> str:

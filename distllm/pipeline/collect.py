@@ -14,7 +14,9 @@ from distllm.data.skills import exact_match
 from distllm.engines.base import Engine
 from distllm.engines.hardware import tune_cpu
 from distllm.generation.generate import generate
+from distllm.generation.noise import derive_seed
 from distllm.pipeline.build import Builder
+from distllm.pipeline.lineage import describe_lineage
 from distllm.tracking.console import setup_logging
 from distllm.tracking.progress import progress
 from distllm.train.files import atomic_write_json, atomic_write_text
@@ -49,9 +51,12 @@ def collect_pairs(config: Config, num_samples: int = 2) -> dict[str, Any]:
         seed_all(config.run.seed)
         builder = Builder(config, run.path)
         engine = builder.engine("policy", builder.model("lm", dropout=False), trained=False)
+        lineage = describe_lineage(config, builder, {"policy": str(config.model)})
+        # Each policy gets noise of its own, so that a further round does not repeat the draws of the last.
+        seed = derive_seed(config.run.seed, int((lineage["parent"]["sha256"] or "0")[:8], 16))
         metrics: dict[str, Any] = {}
         for split in SPLITS:
-            pairs, accuracy = _pairs(builder, engine, split, num_samples)
+            pairs, accuracy = _pairs(builder, engine, split, num_samples, seed)
             rows = [_row(pair) for pair in pairs]
             atomic_write_text(run.path / f"{split}.jsonl", "".join(rows))
             sampled = sum(p.kind == "sampled" for p in pairs)
@@ -60,6 +65,7 @@ def collect_pairs(config: Config, num_samples: int = 2) -> dict[str, Any]:
                 f"{split}/share_sampled": sampled / max(1, len(pairs)),
                 f"{split}/policy_accuracy": accuracy,
             }
+        atomic_write_json(run.path / "lineage.json", lineage)
         atomic_write_json(
             result, {"name": run.path.name, "stage": "collect", "steps": 0, "metrics": metrics}
         )
@@ -67,7 +73,7 @@ def collect_pairs(config: Config, num_samples: int = 2) -> dict[str, Any]:
 
 
 def _pairs(
-    builder: Builder, engine: Engine, split: str, num_samples: int
+    builder: Builder, engine: Engine, split: str, num_samples: int, seed: int
 ) -> tuple[list[Pair], float]:
     corrupted = builder.data.pairs(split)
     prompts = builder.data.prompts(split)[: len(corrupted)]
@@ -83,7 +89,7 @@ def _pairs(
                 builder.config.generation,
                 end_ids=builder.end_ids,
                 pad_id=builder.pad_id,
-                seed=builder.config.run.seed,
+                seed=seed,
                 prompt_indices=[p.sample_id for p in part],
                 num_samples=num_samples,
             )

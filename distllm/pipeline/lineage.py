@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from distllm.config.schema import Config
 from distllm.data.tokenizer import tokenizer_fingerprint
-from distllm.pipeline.build import Builder, Parts
+from distllm.pipeline.build import Builder
 from distllm.train.files import hash_file
 
 PACKAGES = ("distllm", "torch", "transformers", "tokenizers", "hydra-core")
 
 
-def describe_lineage(config: Config, builder: Builder, parts: Parts) -> dict[str, Any]:
-    """Return the record that is written to `lineage.json`."""
+def describe_lineage(config: Config, builder: Builder, models: Mapping[str, str]) -> dict[str, Any]:
+    """Return the record that is written to `lineage.json`.
+
+    Args:
+        config: of the stage.
+        builder: has the data and the tokenizer.
+        models: role -> directory of each model that the stage started from or used.
+    """
     parents = {
-        role: {"dir": folder, "sha256": model_hash(Path(folder))}
-        for role, folder in parts.parents.items()
+        role: {"dir": folder, "sha256": model_hash(Path(folder))} for role, folder in models.items()
     }
     return {
         "stage": config.stage.name,
@@ -28,7 +34,7 @@ def describe_lineage(config: Config, builder: Builder, parts: Parts) -> dict[str
         "data": {
             "name": config.data.name,
             "path": config.data.path,
-            "fingerprint": parts.data.fingerprint(),
+            "fingerprint": builder.data.fingerprint(),
         },
         "tokenizer": tokenizer_fingerprint(builder.tokenizer),
         "seed": config.run.seed,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distllm.arch.io import save_model
+from distllm.config.checks import check_training
 from distllm.config.schema import Config, leaves, to_dict
 from distllm.engines.hardware import tune_cpu
 from distllm.errors import CheckpointError
@@ -52,6 +53,7 @@ def run_stage(config: Config, stop: StopFlag | None = None) -> StageResult:
     if stop is None:
         with StopFlag() as stop:
             return run_stage(config, stop)
+    check_training(config)
     run = RunDir(config.run.dir)
     with run.lock():
         run.claim(to_dict(config), {x.key: "free" if x.free else "same" for x in leaves(config)})
@@ -145,7 +147,7 @@ def _train(
 
     parts.finish()
     metrics = summarise(notes["before"], measure("after", loop.step))
-    lineage = describe_lineage(config, builder, parts)
+    lineage = describe_lineage(config, builder, parts.parents)
     save_model(model, parts.tokenizer, folder / "model", end_ids=builder.end_ids)
     atomic_write_json(folder / "lineage.json", lineage)
     atomic_write_json(

@@ -118,6 +118,7 @@ class RolloutSource:
         """Sample, score, prepare."""
         clock = time.monotonic()
         count = self.rollout_batch_size // self.options.num_samples
+        position = self.ledger.position
         ids = self.ledger.take(self.sampler, count)
         chosen = [self.prompts[i] for i in ids]
         with self.engines["policy"].sampling() as model:
@@ -128,12 +129,15 @@ class RolloutSource:
                 end_ids=self.sampling.end_ids,
                 pad_id=self.sampling.pad_id,
                 seed=derive_seed(self.seed, self.num_rollouts),
-                prompt_indices=ids,
+                # Positions, not ids: a prompt that comes twice at an epoch's end gets noise of its own.
+                prompt_indices=range(position, position + count),
                 num_samples=self.options.num_samples,
             )
         self.num_rollouts += 1
         sampled = time.monotonic()
 
+        for rollout in rollouts:
+            rollout.prompt_index = ids[rollout.prompt_index - position]
         texts = [self.sampling.decode(r.response_ids) for r in rollouts]
         prompts = [p.prompt for p in chosen for _ in range(self.options.num_samples)]
         for rollout, reward in zip(

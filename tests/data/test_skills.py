@@ -40,6 +40,12 @@ def solve(task, question):
             return str(sum(i == letter for i in items))
         case "largest_number":
             return str(max(int(i) for i in items))
+        case "largest_digit":
+            return str(max(map(int, items)))
+        case "smallest_digit":
+            return str(min(map(int, items)))
+        case "letter_after":
+            return items[items.index(re.match(r"After (\w) in", question)[1]) + 1]
         case "small_sum":
             return str(int(items[0]) + int(items[2]))
         case "module_of":
