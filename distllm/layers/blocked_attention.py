@@ -66,59 +66,58 @@ class _BlockedAttention(torch.autograd.Function):
     ) -> Tensor:
         batch, seq, n_heads, d_head = q.shape
         groups = n_heads // k.shape[2]
-        queries = _heads_first(q, cos, sin, scale, 1)
-        keys = _heads_first(k, cos, sin, 1.0, groups)
-        values = _heads_first(v, None, None, 1.0, groups)
+        queries = _heads_first(q, cos, sin, scale).view(-1, groups, seq, d_head)
+        keys, values = _heads_first(k, cos, sin, 1.0), _heads_first(v, None, None, 1.0)
         out = torch.empty_like(q)
         size = _block_size(seq)
         corner = q.new_full((size, size), float("-inf")).triu_(1)
-        probabilities = []
+        kept = []
         for start in range(0, seq, size):
             end = min(start + size, seq)
-            scores = torch.bmm(queries[:, start:end], keys[:, :end].transpose(1, 2))
+            rows = end - start
+            # The heads of a group stand below each other: one product with the keys they share.
+            block = queries[:, :, start:end].reshape(-1, groups * rows, d_head)
+            scores = torch.bmm(block, keys[:, :end].transpose(1, 2))
             if bias is None:
-                scores[:, :, start:].add_(corner[: end - start, : end - start])
+                scores.view(-1, groups, rows, end)[..., start:].add_(corner[:rows, :rows])
             else:
-                visible = bias[:, :, start:end, :end]
-                scores.view(batch, n_heads, end - start, end).add_(visible)
+                scores.view(batch, n_heads, rows, end).add_(bias[:, :, start:end, :end])
             weights = torch.softmax(scores, dim=-1)
-            probabilities.append(weights)
+            kept += [block, weights]
             mixed = torch.bmm(weights, values[:, :end])
-            out[:, start:end] = mixed.view(batch, n_heads, end - start, d_head).transpose(1, 2)
-        ctx.save_for_backward(queries, keys, values, cos, sin, *probabilities)
+            out[:, start:end] = mixed.view(batch, n_heads, rows, d_head).transpose(1, 2)
+        ctx.save_for_backward(keys, values, cos, sin, *kept)
         ctx.size, ctx.groups, ctx.scale = size, groups, scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        queries, keys, values, cos, sin, *probabilities = ctx.saved_tensors
+        keys, values, cos, sin, *kept = ctx.saved_tensors
         batch, seq, n_heads, d_head = grad_out.shape
         back = None if sin is None else -sin
         dq = torch.empty_like(grad_out)
         dk = dv = torch.empty(0)
         # From the last block to the first: the last one meets all keys, so it starts the sums.
-        for index in reversed(range(len(probabilities))):
-            start = index * ctx.size
+        for start in reversed(range(0, seq, ctx.size)):
             end = min(start + ctx.size, seq)
-            weights = probabilities[index]
-            grad = grad_out[:, start:end].transpose(1, 2).reshape(-1, end - start, d_head)
+            rows = slice(start, end)
+            weights, block = kept.pop(), kept.pop()
+            grad = grad_out[:, rows].transpose(1, 2).reshape(block.shape)
             grad_weights = torch.bmm(grad, values[:, :end].transpose(1, 2))
             grad_scores = _softmax_backward(grad_weights, weights, -1, weights.dtype)
             dq_block = torch.bmm(grad_scores, keys[:, :end]).view(batch, n_heads, -1, d_head)
-            rows = slice(start, end)
             turn = (None, None) if back is None else (cos[:, :, rows], back[:, :, rows])
             _rotate_into(dq[:, rows].transpose(1, 2), dq_block, *turn, ctx.scale)
-            dk_block = torch.bmm(grad_scores.transpose(1, 2), queries[:, rows])
+            dk_block = torch.bmm(grad_scores.transpose(1, 2), block)
             dv_block = torch.bmm(weights.transpose(1, 2), grad)
             if end == seq:
                 dk, dv = dk_block, dv_block
             else:
                 dk[:, :end].add_(dk_block)
                 dv[:, :end].add_(dv_block)
-        shape = (batch, n_heads, seq, d_head)
-        dk = _heads_last(dk.view(shape), cos, back, ctx.groups)
-        dv = _heads_last(dv.view(shape), None, None, ctx.groups)
+        shape = (batch, n_heads // ctx.groups, seq, d_head)
+        dk, dv = _heads_last(dk.view(shape), cos, back), _heads_last(dv.view(shape), None, None)
         return dq, dk, dv, None, None, None, None
 
 
@@ -127,24 +126,18 @@ def _block_size(seq: int) -> int:
     return max(64, -(-seq // 128) * 32)
 
 
-def _heads_first(
-    x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, repeats: int
-) -> Tensor:
-    """[batch, seq, n_heads, d_head] -> rotated, scaled, heads repeated: [batch * n_heads * repeats, seq, d_head]."""
+def _heads_first(x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float) -> Tensor:
+    """[batch, seq, n_heads, d_head] -> rotated and scaled, [batch * n_heads, seq, d_head]."""
     batch, seq, n_heads, d_head = x.shape
     turned = x.new_empty(batch, n_heads, seq, d_head)
     _rotate_into(turned, x.transpose(1, 2), cos, sin, scale)
-    if repeats > 1:
-        turned = turned[:, :, None].expand(-1, -1, repeats, -1, -1)
-    return turned.reshape(batch * n_heads * repeats, seq, d_head)
+    return turned.view(batch * n_heads, seq, d_head)
 
 
-def _heads_last(x: Tensor, cos: Tensor | None, sin: Tensor | None, repeats: int) -> Tensor:
-    """Undo `_heads_first` on a gradient [batch, n_heads * repeats, seq, d_head]; `sin` is negated."""
+def _heads_last(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    """[batch, n_heads, seq, d_head] -> rotated, [batch, seq, n_heads, d_head]."""
     batch, n_heads, seq, d_head = x.shape
-    if repeats > 1:
-        x = x.view(batch, n_heads // repeats, repeats, seq, d_head).sum(dim=2)
-    out = x.new_empty(batch, seq, n_heads // repeats, d_head)
+    out = x.new_empty(batch, seq, n_heads, d_head)
     _rotate_into(out.transpose(1, 2), x, cos, sin, 1.0)
     return out
 
