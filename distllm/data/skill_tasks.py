@@ -142,6 +142,11 @@ def smallest_digit(rng: Random, material: Material) -> Exercise:
     return _extreme_digit(rng, "Smallest of: ", min)
 
 
+def second_digit(rng: Random, material: Material) -> Exercise:
+    """Name the second largest of three to six different digits."""
+    return _extreme_digit(rng, "Second of: ", lambda digits: sorted(digits)[-2])
+
+
 def letter_after(rng: Random, material: Material) -> Exercise:
     """Name the letter that follows a given one in a row of four to seven different letters."""
     letters = rng.sample(LETTERS, rng.randint(4, 7))
@@ -183,6 +188,7 @@ TASKS: dict[str, Task] = {
     "largest_number": largest_number,
     "largest_digit": largest_digit,
     "smallest_digit": smallest_digit,
+    "second_digit": second_digit,
     "letter_after": letter_after,
     "small_sum": small_sum,
     "module_of": module_of,

@@ -22,11 +22,18 @@ from distllm.rl.loop import Learning, RolloutSource, Sampling
 from distllm.rl.scoring import score_logprobs
 from distllm.train.evaluate import exact_match_metrics
 
+_log = logging.getLogger("distllm")
+
 
 def build(builder: Builder) -> Parts:
     """Build an RL stage."""
     config = builder.config
     stage = config.stage
+    if config.arch.dropout:
+        _log.info(
+            "arch.dropout=%s is off in RL: it would tell policy and reference apart.",
+            config.arch.dropout,
+        )
     policy = builder.engine("policy", builder.model("lm", dropout=False), trained=True)
     join = policy.model.join  # type: ignore[union-attr]
     algorithm = registry.get("algorithm", stage.name)(

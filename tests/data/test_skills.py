@@ -44,6 +44,8 @@ def solve(task, question):
             return str(max(map(int, items)))
         case "smallest_digit":
             return str(min(map(int, items)))
+        case "second_digit":
+            return str(sorted(map(int, items))[-2])
         case "letter_after":
             return items[items.index(re.match(r"After (\w) in", question)[1]) + 1]
         case "small_sum":
