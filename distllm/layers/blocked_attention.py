@@ -108,7 +108,7 @@ class _BlockedAttention(torch.autograd.Function):
             grad_scores = _softmax_backward(grad_weights, weights, -1, weights.dtype)
             dq_block = torch.bmm(grad_scores, keys[:, :end]).view(batch, n_heads, -1, d_head)
             turn = (None, None) if back is None else (cos[:, :, rows], back[:, :, rows])
-            _rotate_into(dq[:, rows].transpose(1, 2), dq_block, *turn, ctx.scale)
+            dq[:, rows] = _heads_last(dq_block, *turn, ctx.scale)
             dk_block = torch.bmm(grad_scores.transpose(1, 2), block)
             dv_block = torch.bmm(weights.transpose(1, 2), grad)
             if end == seq:
@@ -117,8 +117,8 @@ class _BlockedAttention(torch.autograd.Function):
                 dk[:, :end].add_(dk_block)
                 dv[:, :end].add_(dv_block)
         shape = (batch, n_heads // ctx.groups, seq, d_head)
-        dk, dv = _heads_last(dk.view(shape), cos, back), _heads_last(dv.view(shape), None, None)
-        return dq, dk, dv, None, None, None, None
+        dk = _heads_last(dk.view(shape), cos, back, 1.0)
+        return dq, dk, dv.view(shape).transpose(1, 2), None, None, None, None
 
 
 def _block_size(seq: int) -> int:
@@ -128,32 +128,21 @@ def _block_size(seq: int) -> int:
 
 def _heads_first(x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float) -> Tensor:
     """[batch, seq, n_heads, d_head] -> rotated and scaled, [batch * n_heads, seq, d_head]."""
-    batch, seq, n_heads, d_head = x.shape
-    turned = x.new_empty(batch, n_heads, seq, d_head)
-    _rotate_into(turned, x.transpose(1, 2), cos, sin, scale)
-    return turned.view(batch * n_heads, seq, d_head)
+    return _rotated(x.transpose(1, 2), cos, sin, scale).flatten(0, 1)
 
 
-def _heads_last(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-    """[batch, n_heads, seq, d_head] -> rotated, [batch, seq, n_heads, d_head]."""
-    batch, n_heads, seq, d_head = x.shape
-    out = x.new_empty(batch, seq, n_heads, d_head)
-    _rotate_into(out.transpose(1, 2), x, cos, sin, 1.0)
-    return out
+def _heads_last(x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float) -> Tensor:
+    """[batch, n_heads, seq, d_head] -> rotated and scaled, [batch, seq, n_heads, d_head]."""
+    return _rotated(x, cos, sin, scale).transpose(1, 2)
 
 
-def _rotate_into(
-    out: Tensor, x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float
-) -> None:
-    """Write the rotated and scaled `x` [batch, n_heads, seq, d_head] to `out`."""
+def _rotated(x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float) -> Tensor:
+    """Return a contiguous, rotated and scaled copy of `x` [batch, n_heads, seq, d_head]."""
+    x = x.clone(memory_format=torch.contiguous_format)
     if cos is None or sin is None:
-        out.copy_(x if scale == 1.0 else x * scale)
-        return
+        return x if scale == 1.0 else x.mul_(scale)
     if scale != 1.0:
         cos, sin = cos * scale, sin * scale
     low, high = x.chunk(2, dim=-1)
-    out_low, out_high = out.chunk(2, dim=-1)
-    sin_low, sin_high = sin.chunk(2, dim=-1)
-    torch.mul(x, cos, out=out)
-    out_low.addcmul_(high, sin_low)
-    out_high.addcmul_(low, sin_high)
+    swapped = torch.cat((high, low), dim=-1)
+    return x.mul_(cos).addcmul_(swapped, sin)
