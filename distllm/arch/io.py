@@ -82,6 +82,8 @@ def save_model(
 ) -> None:
     """Write a directory that `load_model` and transformers read. It appears whole or not at all.
 
+    What earlier, killed calls left beside `folder` is removed.
+
     Args:
         model: gives the shape, the head and, without `state`, the weights.
         tokenizer: written beside the weights; None writes none.
@@ -89,8 +91,11 @@ def save_model(
         state: full tensors by our parameter names, where the model itself holds only shards.
         end_ids: further token ids that end a response (an end-of-turn token), for generation_config.json.
         card: Markdown appended to the model card.
+
+    Raises:
+        CheckpointError: the files cannot be written; what was at `folder` is untouched.
     """
-    from safetensors.torch import save_file
+    from safetensors import SafetensorError
 
     options, head = model.options, model.head_name
     family = next(m for m in _families() if options.name == m.ARCH)
@@ -98,19 +103,22 @@ def save_model(
     config, tensors = family.to_hf(options, state, head)
     special = _special_ids(tokenizer)
     config |= special
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
-    _write_json(aside / "config.json", config)
-    _write_json(aside / "generation_config.json", _generation_config(special, end_ids))
-    if tokenizer is not None:
-        tokenizer.save_pretrained(aside)
-    num_parameters = sum(v.numel() for v in tensors.values())
-    (aside / "README.md").write_text(_card(config, num_parameters, card), encoding="utf-8")
+    _clear_debris(folder)
+    aside = _beside(folder, "tmp")
+    try:
+        aside.mkdir()
+        _write(aside, config, _generation_config(special, end_ids), tensors, card)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(aside)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise CheckpointError(
+            f"the model cannot be written to {folder}: {error}. Make room or give another directory; "
+            "what was there is untouched."
+        ) from error
     _put_in_place(aside, folder)
 
 
@@ -154,7 +162,10 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     index = folder / "model.safetensors.index.json"
     files = [folder / "model.safetensors"]
     if index.is_file():
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        try:
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{index} is damaged: {error}.") from error
         files = [folder / name for name in sorted(set(shards))]
     tensors: dict[str, Tensor] = {}
     for path in files:
@@ -263,8 +274,21 @@ def _generation_config(special: Mapping[str, int | None], end_ids: Sequence[int]
     return known
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def _write(
+    folder: Path,
+    config: Mapping[str, Any],
+    generation_config: Mapping[str, Any],
+    tensors: dict[str, Tensor],
+    card: str,
+) -> None:
+    from safetensors.torch import save_file
+
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for name, content in (("config", config), ("generation_config", generation_config)):
+        text = json.dumps(content, indent=2) + "\n"
+        (folder / f"{name}.json").write_text(text, encoding="utf-8")
+    num_parameters = sum(v.numel() for v in tensors.values())
+    (folder / "README.md").write_text(_card(config, num_parameters, card), encoding="utf-8")
 
 
 def _card(config: Mapping[str, Any], num_parameters: int, extra: str) -> str:
@@ -276,8 +300,18 @@ def _card(config: Mapping[str, Any], num_parameters: int, extra: str) -> str:
     )
 
 
+def _beside(folder: Path, kind: str) -> Path:
+    return folder.with_name(f".{folder.name}.{os.getpid()}.{kind}")
+
+
+def _clear_debris(folder: Path) -> None:
+    for kind in ("tmp", "old"):
+        for path in folder.parent.glob(f".{folder.name}.*.{kind}"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def _put_in_place(aside: Path, folder: Path) -> None:
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    old = _beside(folder, "old")
     if folder.exists():
         folder.rename(old)
     aside.rename(folder)

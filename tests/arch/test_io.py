@@ -77,9 +77,19 @@ def test_a_failed_save_leaves_the_old_directory(saved, build):
         def save_pretrained(self, path):
             raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CheckpointError, match="disk full"):
         save_model(build(), Broken(), folder)
+    assert [p.name for p in folder.parent.iterdir()] == ["m"]
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_debris_of_killed_saves_is_removed(saved):
+    model, folder = saved()
+    for kind in ("tmp", "old"):
+        (folder.parent / f".m.1.{kind}").mkdir()
+    (folder.parent / ".model.1.tmp").mkdir()
+    save_model(model, None, folder)
+    assert sorted(p.name for p in folder.parent.iterdir()) == [".model.1.tmp", "m"]
 
 
 def test_end_ids_reach_generation_config(saved):
@@ -162,6 +172,16 @@ def test_a_sharded_directory_is_read(saved):
     (folder / "b.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"b\.safetensors is missing"):
         load_model(folder)
+    index.write_text("{}")
+    with pytest.raises(CheckpointError, match=r"index\.json is damaged"):
+        load_model(folder)
+
+
+def test_computed_tensors_of_old_files_are_ignored(saved):
+    model, folder = saved()
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    retensor(folder, lambda t: t.update({name: torch.zeros(4)}))
+    assert torch.equal(load_model(folder)[0].embed.weight, model.embed.weight)
 
 
 def test_a_torn_file_is_named(saved):
@@ -192,6 +212,7 @@ def test_not_a_model_directory(tmp_path):
             ["LlamaForTokenClassification"],
         ),
         ({"hidden_size": None}, ["hidden_size"]),
+        ({"distllm_head": "tail"}, ["distllm_head=tail", "likelihood"]),
     ],
 )
 def test_what_the_decoder_lacks_is_refused(saved, changes, words):

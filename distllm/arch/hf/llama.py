@@ -116,12 +116,16 @@ def from_hf(
     if missing:
         raise CheckpointError(f"config.json of a llama model lacks {', '.join(missing)}.")
     options = DecoderOptions(**given)
-    head = config.get("distllm_head") or _head_of(config)
+    head = _head_of(config)
     names = _names(options, head)
     tied_copy = {"lm_head.weight"} if options.tie_embeddings else set()
-    unknown = sorted(set(tensors) - set(names) - tied_copy)
+    unknown = {
+        key
+        for key in set(tensors) - set(names) - tied_copy
+        if not key.endswith("rotary_emb.inv_freq")  # computed, not learned; old files hold it
+    }
     state = {names[key]: value for key, value in tensors.items() if key in names}
-    state |= {key: tensors[key] for key in unknown}
+    state |= {key: tensors[key] for key in sorted(unknown)}
     for key, name in _NORM_BUFFERS.items():
         if key in config:
             state[name] = torch.tensor(float(config[key]))
@@ -142,7 +146,14 @@ def _names(options: DecoderOptions, head: str) -> dict[str, str]:
 
 
 def _head_of(config: Mapping[str, Any]) -> str:
-    (architecture,) = config.get("architectures") or ["LlamaForCausalLM"]
+    head = config.get("distllm_head")
+    if head is not None and head not in _HEADS:
+        raise CheckpointError(
+            f"config.json has distllm_head={head}; readable are {', '.join(sorted(_HEADS))}."
+        )
+    if head is not None:
+        return head
+    architecture = (config.get("architectures") or ["LlamaForCausalLM"])[0]
     for head, known in _ARCHITECTURES.items():
         if architecture == known:
             return head
