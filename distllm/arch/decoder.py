@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from distllm.arch.block import Attention, Block, Context
-from distllm.arch.heads import HEADS
+from distllm.arch.heads import HEADS, LMHead
 from distllm.errors import ConfigError
 from distllm.layers.cache import KVCache
 from distllm.layers.feed_forward import GatedFeedForward
@@ -201,7 +201,11 @@ class Decoder(nn.Module):
         return list(self.layers)
 
     def shard_plan(self) -> Mapping[str, str]:
-        """Return how each matrix may be split: parameter-name pattern -> `column | row | vocab | sequence`."""
+        """Return how each parameter may be split: name pattern -> `column | row | vocab | sequence`.
+
+        A scalar head is in no pattern: it stays whole.
+        """
+        head = {"head.weight": "vocab"} if isinstance(self.head, LMHead) else {}
         return {
             "embed.weight": "vocab",
             "layers.*.attention.[qkv]_proj.weight": "column",
@@ -211,7 +215,7 @@ class Decoder(nn.Module):
             "layers.*.feed_forward.down_proj.weight": "row",
             "layers.*_norm.weight": "sequence",
             "final_norm.weight": "sequence",
-            "head.weight": "vocab",
+            **head,
         }
 
     def init_rules(self) -> InitRules:

@@ -1,6 +1,7 @@
 """What must hold for a causal model whatever its weights: causality, padding, packing, cache, precision."""
 
 import inspect
+from fnmatch import fnmatchcase
 
 import pytest
 import torch
@@ -291,14 +292,14 @@ def test_join_refuses_an_empty_prompt(build):
         build().join([[1], []], [[2], [3]], pad_id=0)
 
 
-def test_every_matrix_is_in_the_shard_plan(build):
-    from fnmatch import fnmatchcase
-
-    for head in ("lm", "likelihood"):
-        model = build(head, tie_embeddings=False)
-        plan = model.shard_plan()
-        for name, _ in model.named_parameters():
-            assert sum(fnmatchcase(name, pattern) for pattern in plan) == 1, name
+@pytest.mark.parametrize("head", ["lm", "likelihood", "last", "value"])
+def test_every_parameter_is_in_the_shard_plan_once(build, head):
+    model = build(head, tie_embeddings=False)
+    plan = model.shard_plan()
+    for name, _ in model.named_parameters():
+        scalar_head = name.startswith("head.") and head in ("last", "value")
+        found = [pattern for pattern in plan if fnmatchcase(name, pattern)]
+        assert len(found) == (0 if scalar_head else 1), name
 
 
 def test_blocks_are_the_layers_in_order(build):
