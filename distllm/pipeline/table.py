@@ -10,6 +10,9 @@ from typing import Any
 
 Row = dict[str, Any]
 
+KL_BOUND = 4.0
+"""Nats per response that a policy trained against a reward model may be away from its reference."""
+
 
 def bars(results: Mapping[str, Mapping[str, Any]]) -> list[Row]:
     """Return the rows for stage name -> `result.json`."""
@@ -156,7 +159,9 @@ def _rl(name: str, m: Mapping[str, float]) -> list[Row]:
         )
     )
     if "after/kl_ref" in m:
-        rows.append(_row(name, "KL from the reference, nats per response", 0.0, m["after/kl_ref"]))
+        kl = m["after/kl_ref"]
+        bar, ok = (f"< {KL_BOUND:g}", kl < KL_BOUND) if m.get("by_model") else ("", None)
+        rows.append(_row(name, "KL from the reference, nats per response", 0.0, kl, bar, ok))
     rows.append(
         _row(
             name, "response length, tokens", m["before/response_length"], m["after/response_length"]
