@@ -200,6 +200,13 @@ def test_dropout_draws_from_the_global_generator_in_training_only(build, ids):
     assert not torch.equal(one, two)
 
 
+def test_dropout_of_everything_leaves_the_embedding(build, ids):
+    """Both parts of every block are dropped, and nothing else is."""
+    model = build(dropout=1.0).train()
+    expected = model.final_norm(model.embed(ids))
+    assert torch.equal(model(ids).last_hidden_state, expected)
+
+
 def test_dropout_keeps_the_expected_value(build, ids):
     model = build(dropout=0.1, n_layers=1, dtype=torch.float64)
     exact = model(ids).last_hidden_state

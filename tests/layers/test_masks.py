@@ -72,6 +72,13 @@ def test_segments_restart_positions_and_hide_each_other():
                 assert sees(result, row, query, key) == bool(same and key <= query)
 
 
+def test_a_mask_hides_tokens_inside_their_segment_too():
+    segments = torch.tensor([[1, 1, 1, 2, 2]])
+    result = layout((1, 5), mask([1, 0, 1, 1, 0]), segment_ids=segments)
+    assert [sees(result, 0, 2, key) for key in range(5)] == [True, False, True, False, False]
+    assert [sees(result, 0, 3, key) for key in range(5)] == [False, False, False, True, False]
+
+
 def test_equal_ids_that_do_not_touch_are_positions_of_their_own():
     result = layout((1, 5), segment_ids=torch.tensor([[1, 1, 2, 1, 1]]))
     assert result.position_ids.tolist() == [[0, 1, 0, 0, 1]]
