@@ -19,7 +19,12 @@ COMMANDS = [
 TOY = {
     "train": [*TINY, *(s for s in SKILLS if s != "data=skills"), "train.max_steps=2"],
     "pipeline": ["arch.d_model=16", "arch.n_layers=1", "arch.d_ff=32", "hardware.threads=1"],
-    "evaluate": ["train.num_eval_samples=4", "data.num_heldout=8", "train.seq_len=64", "hardware.threads=1"],
+    "evaluate": [
+        "train.num_eval_samples=4",
+        "data.num_heldout=8",
+        "train.seq_len=64",
+        "hardware.threads=1",
+    ],
 }
 
 

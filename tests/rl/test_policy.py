@@ -21,7 +21,9 @@ END = VOCAB_SIZE - 1
 
 
 def rollout(prompt, response, **fields):
-    known = {k: torch.tensor(v, dtype=torch.float64) for k, v in fields.items() if isinstance(v, list)}
+    known = {
+        k: torch.tensor(v, dtype=torch.float64) for k, v in fields.items() if isinstance(v, list)
+    }
     rest = {k: v for k, v in fields.items() if not isinstance(v, list)}
     return Rollout(
         prompt_ids=prompt,
@@ -62,7 +64,13 @@ def test_three_tokens_by_hand():
     """rho = 1.5, 0.5, 1.1 with A = 1, -1, 2 and clips 0.2 / 0.3: each case of the clip occurs."""
     old = [-1.0, -2.0, -3.0]
     new = [o + math.log(r) for o, r in zip(old, (1.5, 0.5, 1.1), strict=True)]
-    r = rollout([1, 2], [3, 4, 5], old_logprobs=old, advantages=[1.0, -1.0, 2.0], ref_logprobs=[-1.5, -2.0, -2.5])
+    r = rollout(
+        [1, 2],
+        [3, 4, 5],
+        old_logprobs=old,
+        advantages=[1.0, -1.0, 2.0],
+        ref_logprobs=[-1.5, -2.0, -2.5],
+    )
     loss = objective(clip_low=0.2, clip_high=0.3, kl_coef=0.1, kl_kind="k1", entropy_coef=0.01)
     batch = loss.collate([r])
     out = loss.loss(Scripted(new, [0.5, 0.25, 0.25]), batch)
@@ -85,7 +93,9 @@ def test_sequence_aggregation_weighs_each_response_once():
     assert out.losses["policy"].item() / loss.weights(batch)["policy"].item() == pytest.approx(-1.5)
     by_token = objective(aggregation="token")
     out = by_token.loss(Scripted([-1.0] * 5), batch)
-    assert out.losses["policy"].item() / by_token.weights(batch)["policy"].item() == pytest.approx(-9 / 5)
+    assert out.losses["policy"].item() / by_token.weights(batch)["policy"].item() == pytest.approx(
+        -9 / 5
+    )
 
 
 def test_an_unscorable_response_adds_nothing_and_is_not_counted():
@@ -104,7 +114,9 @@ def test_the_first_update_has_ratio_one_and_yet_a_gradient():
         rollout([1, 2, 3], [4, 5, END], advantages=[1.0, 1.0, 1.0]),
         rollout([1, 2], [7, END], advantages=[-1.0, -1.0]),
     ]
-    for r, old in zip(rollouts, score_logprobs(engine, rollouts, model.join, PAD_ID, 0.8, 2), strict=True):
+    for r, old in zip(
+        rollouts, score_logprobs(engine, rollouts, model.join, PAD_ID, 0.8, 2), strict=True
+    ):
         r.old_logprobs = old.double()
     loss = PolicyObjective(RLOptions(), model.join, PAD_ID, 0.8, kl_in_loss=True)
     batch = loss.collate(rollouts)
@@ -122,13 +134,18 @@ def test_sampling_and_scoring_use_one_distribution(temperature):
     engine = single_engine(model, trained=False)
     options = GenerationOptions(max_new_tokens=7, temperature=temperature)
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
-    rollouts = generate(model, prompts, options, end_ids=[END], pad_id=PAD_ID, num_samples=3, seed=3)
+    rollouts = generate(
+        model, prompts, options, end_ids=[END], pad_id=PAD_ID, num_samples=3, seed=3
+    )
     scored = score_logprobs(engine, rollouts, model.join, PAD_ID, temperature, 4)
     for r, logprobs in zip(rollouts, scored, strict=True):
         torch.testing.assert_close(r.rollout_logprobs, logprobs, atol=1e-5, rtol=0)
     if temperature != 1.0:  # the bug: scores without the temperature
         wrong = score_logprobs(engine, rollouts, model.join, PAD_ID, 1.0, 4)
-        assert any((r.rollout_logprobs - w).abs().max() > 1e-2 for r, w in zip(rollouts, wrong, strict=True))
+        assert any(
+            (r.rollout_logprobs - w).abs().max() > 1e-2
+            for r, w in zip(rollouts, wrong, strict=True)
+        )
 
 
 def ppo(**options):
@@ -200,7 +217,9 @@ def test_the_value_loss_takes_the_worse_of_clipped_and_free():
     loss = ValueObjective(PPOOptions(value_clip=0.2), model.join, PAD_ID)
     batch = loss.collate([r])
     with torch.no_grad():
-        model.head.bias.fill_(1.0)  # every value is 1: free errors 1 and 1, clipped (0.2-2)^2 and (1-0)^2
+        model.head.bias.fill_(
+            1.0
+        )  # every value is 1: free errors 1 and 1, clipped (0.2-2)^2 and (1-0)^2
     out = loss.loss(model, batch)
     assert out.losses["value"].item() == pytest.approx(0.5 * (1.8**2 + 1.0))
     assert loss.weights(batch)["value"].item() == 2
