@@ -85,6 +85,17 @@ def test_the_score_is_read_at_the_last_real_token(build, ids, side):
     torch.testing.assert_close(again, out.scores, rtol=0, atol=0)
 
 
+def test_the_score_of_a_continued_row_is_that_of_the_whole(build, ids):
+    model = build("last", dtype=torch.float64)
+    mask = torch.ones(3, 12, dtype=torch.bool)
+    mask[0, :3] = False
+    expected = model(ids, mask).scores
+    cache = model.new_cache(3, 12, torch.float64, "cpu")
+    model(ids[:, :8], mask[:, :8], cache=cache)
+    got = model(ids[:, 8:], mask, cache=cache).scores
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("head", ["last", "likelihood"])
 def test_scores_are_normalised_by_stored_mean_and_spread(build, ids, head):
     model = build(head)

@@ -67,6 +67,14 @@ def test_tied_copies_are_not_on_disk(saved):
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
 
 
+def test_a_tied_copy_that_is_on_disk_is_ignored(saved):
+    model, folder = saved(tie_embeddings=True)
+    copy = model.embed.weight.detach().clone()
+    retensor(folder, lambda t: t.update({"lm_head.weight": copy}))
+    loaded, _ = load_model(folder)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+
+
 def test_a_failed_save_leaves_the_old_directory(saved, build):
     _, folder = saved()
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
