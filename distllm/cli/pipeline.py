@@ -48,14 +48,21 @@ def run(arguments: Sequence[str]) -> int:
 
 def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print what each stage reached beside its bar; a missed bar is shown as missed."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+    from distllm.tracking.console import print_table
 
-    table = Table("stage", "metric", "before", "after", "bar", "", "note")
-    for row in rows:
-        verdict = {True: "[green]reached[/]", False: "[red]missed[/]", None: ""}[row["ok"]]
-        numbers = ("" if row[k] is None else f"{row[k]:.4g}" for k in ("before", "after"))
-        stage, metric, bar, note = (escape(row[k]) for k in ("stage", "metric", "bar", "note"))
-        table.add_row(stage, metric, *numbers, bar, verdict, note)
-    Console().print(table)
+    verdicts = {True: "reached", False: "MISSED", None: ""}
+    print_table(
+        "What each stage reached",
+        ("stage", "metric", "before", "after", "bar", "", "note"),
+        [
+            (
+                row["stage"],
+                row["metric"],
+                *("" if row[k] is None else f"{row[k]:.4g}" for k in ("before", "after")),
+                row["bar"],
+                verdicts[row["ok"]],
+                row["note"],
+            )
+            for row in rows
+        ],
+    )
