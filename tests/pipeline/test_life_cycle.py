@@ -6,6 +6,7 @@ import pytest
 
 from distllm.config.compose import compose
 from distllm.pipeline.run import run_pipeline
+from distllm.pipeline.stage import run_stage
 from distllm.pipeline.table import KL_BOUND
 
 SEEDS = (11, 12, 13)
@@ -24,8 +25,24 @@ def outcomes(tmp_path_factory):
             s["name"]: json.loads((folder / s["dir"] / "result.json").read_text())
             for s in summary["stages"]
         }
+        results["ppo-rule"] = {"metrics": ppo_against_the_rule(config, folder, seed)}
         found.append((summary, results))
     return found
+
+
+def ppo_against_the_rule(config, folder, seed):
+    """Run the demo's PPO stage from the SFT model, judged by exact match instead of the reward model."""
+    stage = next(s for s in config.pipeline.stages if s.name == "ppo")
+    settings = [
+        *config.pipeline.shared,
+        *stage.overrides,
+        "stage.kl_coef=0.01",
+        "optim.lr=1e-4",
+        f"model='{folder}/sft/model'",
+        f"run.dir='{folder}-rule'",
+        f"run.seed={seed}",
+    ]
+    return run_stage(compose(settings)).metrics
 
 
 def in_two_of_three(outcomes, holds):
@@ -69,9 +86,15 @@ class TestDemo:
         def holds(summary, results):
             m = results["ppo"]["metrics"]
             fell = m["before/exact_match"] - m["after/exact_match"]
-            return (
-                m["gain/reward_low"] > 0 and m["after/kl_ref"] < KL_BOUND and fell <= 0.02
-            ), m
+            return (m["gain/reward_low"] > 0 and m["after/kl_ref"] < KL_BOUND and fell <= 0.02), m
+
+        in_two_of_three(outcomes, holds)
+
+    def test_ppo_against_the_rule_raises_exact_match_by_eight_points(self, outcomes):
+        def holds(summary, results):
+            m = results["ppo-rule"]["metrics"]
+            gain = m["after/exact_match"] - m["before/exact_match"]
+            return gain >= 0.08, gain
 
         in_two_of_three(outcomes, holds)
 
@@ -81,12 +104,19 @@ class TestDemo:
             gain = m["after/exact_match"] - m["before/exact_match"]
             lead = m["after/exact_match"] - control["after/exact_match"]
             enough = results["control"]["wall_s"] >= 0.9 * results["grpo"]["wall_s"]
-            return gain >= 0.10 and lead >= 0.05 and enough, (gain, lead, results["control"]["wall_s"])
+            return gain >= 0.10 and lead >= 0.05 and enough, (
+                gain,
+                lead,
+                results["control"]["wall_s"],
+            )
 
         in_two_of_three(outcomes, holds)
 
     def test_the_table_says_the_same(self, outcomes):
         in_two_of_three(
             outcomes,
-            lambda summary, _: (all(r["ok"] is not False for r in summary["table"]), summary["table"]),
+            lambda summary, _: (
+                all(r["ok"] is not False for r in summary["table"]),
+                summary["table"],
+            ),
         )
