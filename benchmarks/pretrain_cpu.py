@@ -25,6 +25,7 @@ import os
 import shutil
 import statistics
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,20 @@ def show(mode: str, precision: str, cell: dict[str, Any]) -> None:
         print(f"  tried for {PEERS[side]}: {words}", flush=True)
 
 
+def taken_by_others(seconds: float = 2.0) -> float:
+    """Return the share of the CPU that is busy while nothing of ours runs; NaN where the kernel does not tell."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return float("nan")
+    samples = []
+    for pause in (seconds, 0.0):
+        times = [int(x) for x in stat.read_text().split("\n", 1)[0].split()[1:9]]
+        samples.append((sum(times), times[3] + times[4]))
+        time.sleep(pause)
+    (total, idle), (later_total, later_idle) = samples
+    return 1 - (later_idle - idle) / max(1, later_total - total)
+
+
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
@@ -192,7 +207,13 @@ def main() -> None:
         for how in ("stock", "tuned")
     }
     threads = {how: worker.ask(do="threads") for how, worker in workers.items()}
+    others = taken_by_others()
     print(f"threads: {threads}; {arguments.rounds} rounds of {arguments.steps} timed steps")
+    if others > 0.1:
+        print(
+            f"Other programs take {others:.0%} of the CPU. Two spinning threads collapse beside a busy neighbour, "
+            "the stock side most of all: these ratios mean little. Repeat on an idle machine."
+        )
     cells = {}
     for mode, precision in wanted:
         cell = measure(mode, precision, workers, arguments)
@@ -210,7 +231,7 @@ def main() -> None:
         ratio=ours / peer,
         unit=f"tokens/s, {name}, against the transformers Trainer as users run it",
         runs=arguments.rounds,
-        hardware=machine(threads["tuned"]),
+        hardware=machine(threads["tuned"]) | {"cpu_taken_by_others": round(others, 3)},
         packages=("transformers", "accelerate"),
         cells=cells,
         settings_tried=SETTINGS,
