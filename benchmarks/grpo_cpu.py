@@ -5,8 +5,9 @@ ever sample an end token: responses have their full 64 tokens, so both sides do 
 32 responses (4 prompts x 8), scores them with one function, and makes one AdamW update.
 
 Both run in one process, one after another in interleaved rounds, with the same number of threads and the same allocator
-thresholds (which help the peer too). The peer's settings were tried one by one (`--tune` repeats that); the fastest is
-used: no gradient checkpointing (its default costs time), no KL term (its default), fused AdamW (its default).
+thresholds (which help the peer too). The peer runs without gradient checkpointing (its default costs time), without a KL
+term and with fused AdamW (its defaults). `--tune` times other settings of the peer and writes them into the JSON; without
+it `tried` is empty, and nothing says that a faster setting does not exist.
 """
 
 from __future__ import annotations

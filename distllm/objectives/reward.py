@@ -26,8 +26,8 @@ class RewardOptions:
     name: str = "reward"
     head: str = "last"
     """`last`: a linear score of the hidden state at the last token. `likelihood`: the summed log-probability of the
-    answer's tokens under the model itself (arXiv 2305.18290, section 5, without the reference), which small models
-    learn far sooner, because it starts as a working judge."""
+    answer's tokens under the model itself (arXiv 2305.18290, section 5, without the reference), which starts
+    as a judge instead of having to become one."""
 
 
 @register("objective")

@@ -11,7 +11,9 @@ from typing import Any
 Row = dict[str, Any]
 
 KL_BOUND = 4.0
-"""Nats per response that a policy trained against a reward model may be away from its reference."""
+"""Nats per response that a policy trained against a reward model may be away from its reference.
+
+Set after looking at runs on seed 0: one without enough KL penalty ended at 4.1 and answered worse than before."""
 
 
 def bars(results: Mapping[str, Mapping[str, Any]]) -> list[Row]:
