@@ -33,9 +33,20 @@ class Batch:
     attention_mask: Tensor | None = None
     """[batch, seq] bool: True on real tokens, False on padding."""
     position_ids: Tensor | None = None
-    """[batch, seq] int64; None lets the model derive them from `attention_mask` or `segment_ids`."""
+    """[batch, seq] int64 ([batch, 2, seq] where positions have two dimensions); None lets the model derive them."""
     segment_ids: Tensor | None = None
     """[batch, seq] int64: tokens see each other only within one segment; 0 marks padding. Marks packing."""
+    token_type_ids: Tensor | None = None
+    """[batch, seq] int64: 0 on the first text of a pair, 1 on the second."""
+    prefix_lengths: Tensor | None = None
+    """[batch] int64: the tokens at the start of each row that all its tokens see."""
+    decoder_input_ids: Tensor | None = None
+    """[batch, target_seq] int64: what a decoder beside an encoder reads; `labels` and all per-token fields are then
+    [batch, target_seq] too."""
+    decoder_attention_mask: Tensor | None = None
+    """[batch, target_seq] bool."""
+    decoder_segment_ids: Tensor | None = None
+    """[batch, target_seq] int64: a target sees the source of its own number; 0 marks padding."""
     sample_ids: Tensor | None = None
     """[batch] int64: which samples of the data set these rows are (for packed rows: the row's number)."""
     rewards: Tensor | None = None
@@ -55,10 +66,36 @@ class Batch:
     margins: Tensor | None = None
     """[pairs] float: by how much the chosen answer should win (reward models); rows are chosen first, then rejected."""
 
+    def inputs(self) -> dict[str, Tensor]:
+        """Return the arguments of a model's forward that this batch holds."""
+        held = {name: getattr(self, name) for name in MODEL_INPUTS}
+        return {name: value for name, value in held.items() if value is not None}
+
+    @property
+    def output_mask(self) -> Tensor | None:
+        """The mask of the positions that `labels` and `last_hidden_state` cover."""
+        return (
+            self.attention_mask if self.decoder_input_ids is None else self.decoder_attention_mask
+        )
+
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with every tensor on `device`."""
         moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return Batch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})
+
+
+MODEL_INPUTS = (
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "segment_ids",
+    "token_type_ids",
+    "prefix_lengths",
+    "decoder_input_ids",
+    "decoder_attention_mask",
+    "decoder_segment_ids",
+)
+"""Fields of a batch that are arguments of a model's forward."""
 
 
 @dataclass(slots=True, kw_only=True)

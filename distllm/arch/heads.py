@@ -131,10 +131,10 @@ class LastTokenHead(_Normalised):
         return ModelOutput(scores=self._score(hidden, attention_mask))
 
     def scores(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """Score each row of `hidden` [batch, seq, d_model] at the last True of `batch.attention_mask`: [batch]."""
+        """Score each row of `hidden` [batch, seq, d_model] at the last True of `batch.output_mask`: [batch]."""
         if batch.segment_ids is not None:
             raise ValueError("a score per row needs one sequence per row; segment_ids mark packing")
-        return self._score(hidden, batch.attention_mask)
+        return self._score(hidden, batch.output_mask)
 
     def _score(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
         if attention_mask is None:

@@ -51,13 +51,7 @@ class CLM:
 
     def loss(self, model: Model, batch: Batch) -> LossOutput:
         """Sum the losses without ever holding all logits."""
-        out = model(
-            batch.input_ids,
-            batch.attention_mask,
-            position_ids=batch.position_ids,
-            segment_ids=batch.segment_ids,
-            compute_logits=False,
-        )
+        out = model(**batch.inputs(), compute_logits=False)
         return LossOutput({"lm": model.head.loss(out.last_hidden_state, batch.labels)})
 
 

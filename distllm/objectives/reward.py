@@ -69,5 +69,5 @@ class Reward:
 
 def score(model: Model, batch: Batch) -> Tensor:
     """Return one score per row, [batch]; padding and batch size do not matter."""
-    out = model(batch.input_ids, batch.attention_mask, compute_logits=False)
+    out = model(**batch.inputs(), compute_logits=False)
     return model.head.scores(out.last_hidden_state, batch)

@@ -81,7 +81,7 @@ class PolicyObjective:
 
     def loss(self, model: Model, batch: Batch) -> LossOutput:
         """Compare the policy now with the policy that sampled."""
-        out = model(batch.input_ids, batch.attention_mask, compute_logits=False)
+        out = model(**batch.inputs(), compute_logits=False)
         logprobs, entropy = model.head.logprobs(
             out.last_hidden_state, batch.labels, self.temperature
         )

@@ -25,7 +25,7 @@ def score_logprobs(
     """Return the log-probability of each response token under `engine`'s model, one [response] per rollout."""
 
     def run(model: Model, batch: Batch) -> Tensor:
-        out = model(batch.input_ids, batch.attention_mask, compute_logits=False)
+        out = model(**batch.inputs(), compute_logits=False)
         return model.head.logprobs(out.last_hidden_state, batch.labels, temperature)[0]
 
     return _over_batches(run, engine, rollouts, join, pad_id, batch_size)
@@ -40,7 +40,7 @@ def score_values(
 
 def token_values(model: Model, batch: Batch) -> Tensor:
     """Return the value model's estimates, [batch, seq]."""
-    out = model(batch.input_ids, batch.attention_mask, compute_logits=False)
+    out = model(**batch.inputs(), compute_logits=False)
     return model.head.values(out.last_hidden_state)
 
 
