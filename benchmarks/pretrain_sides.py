@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distllm.arch.decoder import Decoder, DecoderOptions
-from distllm.arch.hf.llama import to_hf
+from distllm.arch.hf.llama import FAMILY
 from distllm.data.packing import PackedRow
 from distllm.engines.base import build_engine
 from distllm.engines.hardware import tune_cpu
@@ -127,7 +127,7 @@ class Trainer:
     ) -> None:
         import transformers
 
-        config, tensors = to_hf(shape, Decoder(shape).state_dict(), "lm")
+        config, tensors = FAMILY.to_hf(shape, Decoder(shape).state_dict(), "lm")
         self.model = transformers.LlamaForCausalLM(
             transformers.LlamaConfig(**config, attn_implementation=attention)
         )

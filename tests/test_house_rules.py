@@ -49,7 +49,12 @@ DOORS = {
     "flash_attn": ("distllm/layers/attention.py",),
     "hydra": ("distllm/config/", "distllm/cli/"),
     "omegaconf": ("distllm/config/", "distllm/cli/"),
-    "transformers": ("distllm/data/", "distllm/arch/hf/", "distllm/arch/io.py"),
+    "transformers": (
+        "distllm/data/",
+        "distllm/arch/hf/",
+        "distllm/arch/io.py",
+        "distllm/testing/parity.py",
+    ),
     "tokenizers": ("distllm/data/",),
     "datasets": ("distllm/data/",),
     "matplotlib": ("distllm/tracking/report_plots.py",),

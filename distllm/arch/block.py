@@ -1,15 +1,31 @@
-"""The transformer block: norm, attention, residual, norm, feed-forward, residual.
+"""The transformer block: attention, perhaps attention to an encoder, and a feed-forward layer, each added to the stream.
 
-A block is put together from parts; an architecture chooses the parts. Stacks, embeddings and heads live beside it.
+What it does in detail is chosen by the switches in `options.py`. Stacks of blocks are in `stack.py`; embeddings and
+heads live beside it.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from dataclasses import dataclass, field
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distllm.arch.options import (
+    Norm,
+    Placement,
+    QKNorm,
+    RopeStyle,
+    TransformerOptions,
+    layer_type,
+    resolve_d_head,
+    window_of,
+)
 from distllm.layers.attention import attention
 from distllm.layers.cache import KVCache
+from distllm.layers.feed_forward import FeedForward, GatedFeedForward
+from distllm.layers.masks import Mask
+from distllm.layers.norms import LayerNorm, RMSNorm
 from distllm.layers.positions import Rotary, rotate
 
 
@@ -17,39 +33,83 @@ from distllm.layers.positions import Rotary, rotate
 class Context:
     """What all blocks of one call share."""
 
-    rotary: Rotary
-    """(cos, sin) of the new tokens, each [1 or batch, seq, d_head]."""
-    bias: Tensor | None = None
-    """Additive attention bias [batch, 1, seq, kv_seq]; None = every query sees the keys up to its own column."""
+    masks: dict[int | None, Mask]
+    """Window -> who sees whom."""
+    rotary: dict[str, Rotary] = field(default_factory=dict)
+    """Type of layer -> (cos, sin) of the new tokens, each [1 or batch, seq, d_rotary]; empty = positions are not rotary."""
     cache: KVCache | None = None
     """Keys and values of earlier calls; the new ones are appended."""
+    encoder_states: Tensor | None = None
+    """[batch, source_seq, d_model]: what cross-attention reads."""
+    cross_mask: Mask = field(default_factory=Mask)
+    """Who sees which encoder state."""
+    real: Tensor | None = None
+    """[batch, seq] bool: False on padding, which must not count in an expert loss; None = all are real."""
+    aux: list[dict[str, Tensor]] = field(default_factory=list)
+    """Losses of the blocks themselves, filled on the way."""
+
+
+def make_norm(options: TransformerOptions, dim: int | None = None) -> nn.Module:
+    """Build the norm that `options` asks for, over `dim` channels (None = d_model)."""
+    dim = options.d_model if dim is None else dim
+    if options.norm == Norm.layer:
+        return LayerNorm(dim, options.norm_eps, bias=options.norm_bias)
+    return RMSNorm(dim, options.norm_eps, offset=options.norm_gain_offset, gain=options.norm_gain)
+
+
+def make_feed_forward(options: TransformerOptions) -> nn.Module:
+    """Build the feed-forward layer that `options` asks for."""
+    cls = GatedFeedForward if options.gated else FeedForward
+    return cls(options.d_model, options.d_ff, options.activation, options.ff_bias)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with grouped key/value heads and rotary positions.
+    """Multi-head self-attention with grouped key/value heads.
 
     Reference: Ainslie et al. 2023, arXiv 2305.13245 (grouped key/value heads).
     """
 
-    def __init__(
-        self, d_model: int, n_heads: int, n_kv_heads: int, d_head: int, layer: int
-    ) -> None:
+    def __init__(self, options: TransformerOptions, layer: int) -> None:
         super().__init__()
-        self.n_heads, self.n_kv_heads, self.d_head = n_heads, n_kv_heads, d_head
-        self.layer = layer
-        self.q_proj = nn.Linear(d_model, n_heads * d_head, bias=False)
-        self.k_proj = nn.Linear(d_model, n_kv_heads * d_head, bias=False)
-        self.v_proj = nn.Linear(d_model, n_kv_heads * d_head, bias=False)
-        self.out_proj = nn.Linear(n_heads * d_head, d_model, bias=False)
+        d_model, d_head = options.d_model, resolve_d_head(options)
+        self.n_heads, self.n_kv_heads, self.d_head = options.n_heads, options.n_kv_heads, d_head
+        self.layer, self.layer_type = layer, str(layer_type(options, layer))
+        self.window = window_of(options, layer)
+        self.scale = d_head**-0.5 if options.attention_scale is None else options.attention_scale
+        self.softcap = options.attention_softcap
+        self.interleaved = options.rope_style == RopeStyle.interleaved
+        self.rotates_all = not self.interleaved and options.rope_fraction == 1.0
+        self.qk_norm, self.norm_last = options.qk_norm, options.qk_norm_after_rope
+        self.q_proj = nn.Linear(d_model, self.n_heads * d_head, bias=options.qkv_bias)
+        self.k_proj = nn.Linear(d_model, self.n_kv_heads * d_head, bias=options.qkv_bias)
+        self.v_proj = nn.Linear(d_model, self.n_kv_heads * d_head, bias=options.qkv_bias)
+        self.out_proj = nn.Linear(self.n_heads * d_head, d_model, bias=options.out_bias)
+        if self.qk_norm != QKNorm.none:
+            width = (self.n_heads, self.n_kv_heads) if self.qk_norm == QKNorm.full else (1, 1)
+            self.q_norm, self.k_norm = (make_norm(options, n * d_head) for n in width)
+        self.sinks = None
+        if options.attention_sinks:
+            self.sinks = nn.Parameter(self.q_proj.weight.new_zeros(self.n_heads))
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Mix `x` [batch, seq, d_model] along seq."""
-        q = self.q_proj(x).unflatten(-1, (self.n_heads, self.d_head))
-        k = self.k_proj(x).unflatten(-1, (self.n_kv_heads, self.d_head))
+        q, k = self.q_proj(x), self.k_proj(x)
+        if self.qk_norm == QKNorm.full:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = q.unflatten(-1, (self.n_heads, self.d_head))
+        k = k.unflatten(-1, (self.n_kv_heads, self.d_head))
         v = self.v_proj(x).unflatten(-1, (self.n_kv_heads, self.d_head))
-        rotary: Rotary | None = context.rotary
+        by_head = self.qk_norm == QKNorm.head
+        if by_head and not self.norm_last:
+            q, k = self.q_norm(q), self.k_norm(k)
+        rotary = context.rotary.get(self.layer_type)
+        fused = self.rotates_all and context.cache is None and not (by_head and self.norm_last)
+        if rotary is not None and not fused:
+            q, k = (rotate(t, rotary, self.interleaved) for t in (q, k))
+            rotary = None
+        if by_head and self.norm_last:
+            q, k = self.q_norm(q), self.k_norm(k)
         if context.cache is not None:
-            q, k, rotary = rotate(q, rotary), rotate(k, rotary), None
             stored = context.cache.append(self.layer, k, v)
             if context.cache.length:
                 k, v = stored
@@ -57,37 +117,80 @@ class Attention(nn.Module):
             q,
             k,
             v,
-            causal=q.shape[1] == k.shape[1],
-            mask=context.bias,
-            scale=self.d_head**-0.5,
+            mask=context.masks[self.window],
+            scale=self.scale,
             rotary=rotary,
+            softcap=self.softcap,
+            sinks=self.sinks,
         )
         return self.out_proj(mixed.flatten(2))
 
 
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)): normalisation before each part."""
+class CrossAttention(nn.Module):
+    """Queries from the stream, keys and values from an encoder's states."""
 
-    def __init__(
-        self,
-        *,
-        attention_norm: nn.Module,
-        attention: Attention,
-        feed_forward_norm: nn.Module,
-        feed_forward: nn.Module,
-        dropout: float,
-    ) -> None:
+    def __init__(self, options: TransformerOptions) -> None:
         super().__init__()
-        self.attention_norm = attention_norm
-        self.attention = attention
-        self.feed_forward_norm = feed_forward_norm
-        self.feed_forward = feed_forward
-        self.dropout = dropout
+        d_model, d_head = options.d_model, resolve_d_head(options)
+        self.n_heads, self.n_kv_heads, self.d_head = options.n_heads, options.n_kv_heads, d_head
+        self.scale = d_head**-0.5 if options.attention_scale is None else options.attention_scale
+        self.q_proj = nn.Linear(d_model, self.n_heads * d_head, bias=options.qkv_bias)
+        self.k_proj = nn.Linear(d_model, self.n_kv_heads * d_head, bias=options.qkv_bias)
+        self.v_proj = nn.Linear(d_model, self.n_kv_heads * d_head, bias=options.qkv_bias)
+        self.out_proj = nn.Linear(self.n_heads * d_head, d_model, bias=options.out_bias)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """Let `x` [batch, seq, d_model] read `context.encoder_states`."""
+        states = context.encoder_states
+        if states is None:
+            raise ValueError("cross-attention needs encoder_states")
+        q = self.q_proj(x).unflatten(-1, (self.n_heads, self.d_head))
+        k = self.k_proj(states).unflatten(-1, (self.n_kv_heads, self.d_head))
+        v = self.v_proj(states).unflatten(-1, (self.n_kv_heads, self.d_head))
+        mixed = attention(q, k, v, mask=context.cross_mask, scale=self.scale)
+        return self.out_proj(mixed.flatten(2))
+
+
+class Block(nn.Module):
+    """Attention, cross-attention where asked for, feed-forward; each is normalised and added to the stream."""
+
+    def __init__(self, options: TransformerOptions, layer: int, *, cross: bool = False) -> None:
+        """Build block number `layer` of a stack; `cross` adds attention to an encoder."""
+        super().__init__()
+        self.placement, self.dropout = options.norm_placement, options.dropout
+        skipped = options.skip_first_norm and layer == 0
+        self.attention_norm = nn.Identity() if skipped else make_norm(options)
+        self.attention = Attention(options, layer)
+        if cross:
+            self.cross_attention_norm = make_norm(options)
+            self.cross_attention = CrossAttention(options)
+        self.has_cross = cross
+        self.feed_forward_norm = make_norm(options)
+        self.feed_forward = make_feed_forward(options)
+        if self.placement == Placement.sandwich:
+            self.attention_out_norm = make_norm(options)
+            if cross:
+                self.cross_attention_out_norm = make_norm(options)
+            self.feed_forward_out_norm = make_norm(options)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Transform the residual stream `x` [batch, seq, d_model]."""
-        x = x + self._drop(self.attention(self.attention_norm(x), context))
-        return x + self._drop(self.feed_forward(self.feed_forward_norm(x)))
+        x = self._add(x, "attention", context)
+        if self.has_cross:
+            x = self._add(x, "cross_attention", context)
+        return self._add(x, "feed_forward", context)
+
+    def _add(self, x: Tensor, name: str, context: Context) -> Tensor:
+        """Run the part `name` on `x` and add what it returns, normalised where the placement says so."""
+        norm, part = getattr(self, f"{name}_norm"), getattr(self, name)
+        given = norm(x) if self.placement in (Placement.pre, Placement.sandwich) else x
+        out = part(given) if name == "feed_forward" else part(given, context)
+        if self.placement == Placement.output:
+            out = norm(out)
+        elif self.placement == Placement.sandwich:
+            out = getattr(self, f"{name}_out_norm")(out)
+        x = x + self._drop(out)
+        return norm(x) if self.placement == Placement.post else x
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x

@@ -9,25 +9,38 @@ without labels.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distllm.arch.block import make_norm
+from distllm.arch.options import TransformerOptions
+from distllm.layers.chunked_logprobs import chunked_logprobs
 from distllm.layers.cross_entropy import linear_cross_entropy, linear_logprobs
+from distllm.layers.feed_forward import ACTIVATIONS
 from distllm.layers.init import InitRules
 from distllm.layers.precision import wide
 from distllm.types import IGNORE_INDEX, Batch, ModelOutput
 
 
 class LMHead(nn.Module):
-    """Next-token distribution: hidden @ weight.T, where `weight` may be the embedding's."""
+    """Next-token distribution: hidden @ weight.T, where `weight` may be the embedding's.
 
-    def __init__(self, vocab_size: int, d_model: int, tied_to: nn.Embedding | None) -> None:
+    Switches of the options put a dense layer, activation and norm before the product, add a bias behind it, scale what
+    goes in and squash what comes out.
+    """
+
+    def __init__(self, options: TransformerOptions, tied_to: nn.Embedding | None) -> None:
         super().__init__()
         # In a tuple, so that the shared weight has one name only: the embedding's.
         self._tied_to = (tied_to,)
+        self.softcap, self.scale = options.logit_softcap, options.logit_scale
+        self.transform = Transform(options) if options.head_transform else None
         if tied_to is None:
-            self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
+            self.weight = nn.Parameter(torch.empty(options.vocab_size, options.d_model))
+        self.bias = nn.Parameter(torch.empty(options.vocab_size)) if options.head_bias else None
 
     @property
     def projection(self) -> Tensor:
@@ -46,7 +59,23 @@ class LMHead(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Map [..., d_model] to [..., vocab]."""
-        return F.linear(hidden, self.projection)
+        return self._project(self._prepare(hidden))
+
+    def _prepare(self, hidden: Tensor) -> Tensor:
+        if self.scale != 1.0:
+            hidden = hidden * self.scale
+        return hidden if self.transform is None else self.transform(hidden)
+
+    def _project(self, prepared: Tensor) -> Tensor:
+        logits = F.linear(prepared, self.projection, self.bias)
+        if self.softcap is None:
+            return logits
+        return self.softcap * torch.tanh(logits / self.softcap)
+
+    @property
+    def _is_plain(self) -> bool:
+        """True where the logits are nothing but a matrix product, which the fused functions know."""
+        return self.bias is None and self.softcap is None
 
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Sum the cross-entropy over labelled positions.
@@ -59,7 +88,10 @@ class LMHead(nn.Module):
             Scalar; 0 with a graph attached when nothing is labelled.
         """
         hidden, labels, _ = _labelled(hidden, labels)
-        return linear_cross_entropy(hidden, self.projection, labels)
+        prepared = self._prepare(hidden)
+        if self._is_plain:
+            return linear_cross_entropy(prepared, self.projection, labels)
+        return -chunked_logprobs(self._project, prepared, labels)[0].sum()
 
     def logprobs(
         self, hidden: Tensor, labels: Tensor, temperature: float = 1.0
@@ -75,11 +107,29 @@ class LMHead(nn.Module):
             (logprobs, entropy), each [batch, seq].
         """
         hidden, targets, rows = _labelled(hidden, labels)
+        prepared = self._prepare(hidden)
+        if self._is_plain:
+            found = linear_logprobs(prepared, self.projection, targets, temperature)
+        else:
+            found = chunked_logprobs(self._project, prepared, targets, temperature)
         logprobs, entropy = (
-            x.new_zeros(labels.numel()).index_copy(0, rows, x).view(labels.shape)
-            for x in linear_logprobs(hidden, self.projection, targets, temperature)
+            x.new_zeros(labels.numel()).index_copy(0, rows, x).view(labels.shape) for x in found
         )
         return logprobs, entropy
+
+
+class Transform(nn.Module):
+    """Dense layer, activation, norm: what BERT puts before its output matrix."""
+
+    def __init__(self, options: TransformerOptions) -> None:
+        super().__init__()
+        self.dense = nn.Linear(options.d_model, options.d_model, bias=options.ff_bias)
+        self.norm = make_norm(options)
+        self.activation = ACTIVATIONS[options.activation]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map [..., d_model] to [..., d_model]."""
+        return self.norm(self.activation(self.dense(hidden)))
 
 
 class _Normalised(nn.Module):
@@ -99,8 +149,8 @@ class _Normalised(nn.Module):
 class LikelihoodHead(LMHead, _Normalised):
     """A reward model that is a language model: the score of a response is its summed log-probability."""
 
-    def __init__(self, vocab_size: int, d_model: int, tied_to: nn.Embedding | None) -> None:
-        super().__init__(vocab_size, d_model, tied_to)
+    def __init__(self, options: TransformerOptions, tied_to: nn.Embedding | None) -> None:
+        super().__init__(options, tied_to)
         self._register_norm()
 
     def scores(self, hidden: Tensor, batch: Batch) -> Tensor:
@@ -113,9 +163,9 @@ class LikelihoodHead(LMHead, _Normalised):
 class LastTokenHead(_Normalised):
     """A reward model's scalar, read at the last real token of each row."""
 
-    def __init__(self, vocab_size: int, d_model: int, tied_to: nn.Embedding | None) -> None:
+    def __init__(self, options: TransformerOptions, tied_to: nn.Embedding | None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(1, d_model))
+        self.weight = nn.Parameter(torch.empty(1, options.d_model))
         self._register_norm()
 
     @staticmethod
@@ -137,23 +187,76 @@ class LastTokenHead(_Normalised):
         return self._score(hidden, batch.output_mask)
 
     def _score(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-        if attention_mask is None:
-            last = hidden[:, -1]
-        else:
-            columns = torch.arange(hidden.shape[1], device=hidden.device)
-            ends = torch.where(attention_mask.bool(), columns, 0).amax(dim=1)
-            last = hidden[torch.arange(len(ends), device=ends.device), ends]
+        last = last_real(hidden, attention_mask)
         # One scalar per row costs nothing, so it is computed outside autocast, in full precision.
         precise = last.to(wide(last.dtype))
         return self._normalise((precise * self.weight).sum(dim=-1))
 
 
+class NoHead(nn.Module):
+    """Hidden states are all that is wanted."""
+
+    def __init__(self, options: TransformerOptions, tied_to: nn.Embedding | None) -> None:
+        super().__init__()
+
+    @staticmethod
+    def init_rules(d_model: int, init_std: float) -> InitRules:
+        """Return nothing: there are no parameters."""
+        return {}
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor | None) -> ModelOutput:
+        """Fill nothing."""
+        return ModelOutput()
+
+
+class TagHead(nn.Module):
+    """A label per token."""
+
+    def __init__(self, options: TransformerOptions, tied_to: nn.Embedding | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(options.num_labels, options.d_model))
+        self.bias = nn.Parameter(torch.empty(options.num_labels))
+
+    @staticmethod
+    def init_rules(d_model: int, init_std: float) -> InitRules:
+        """Return the initialisation of this head's parameters."""
+        return {"head.weight": ("normal", init_std), "head.bias": ("constant", 0.0)}
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor | None) -> ModelOutput:
+        """Fill `.logits` [batch, seq, num_labels]."""
+        return ModelOutput(logits=self.logits(hidden))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Map [..., d_model] to [..., num_labels], in float32 or wider."""
+        precise = wide(hidden.dtype)
+        return F.linear(hidden.to(precise), self.weight.to(precise), self.bias.to(precise))
+
+
+class ClassifyHead(nn.Module):
+    """A label per sequence, read at the last real token."""
+
+    def __init__(self, options: TransformerOptions, tied_to: nn.Embedding | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(options.num_labels, options.d_model))
+
+    @staticmethod
+    def init_rules(d_model: int, init_std: float) -> InitRules:
+        """Return the initialisation of this head's parameters."""
+        return {"head.weight": ("normal", init_std)}
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor | None) -> ModelOutput:
+        """Fill `.logits` [batch, num_labels]."""
+        last = last_real(hidden, attention_mask)
+        precise = wide(last.dtype)
+        return ModelOutput(logits=F.linear(last.to(precise), self.weight.to(precise)))
+
+
 class ValueHead(nn.Module):
     """A value model's scalar at each position, 0 at the start."""
 
-    def __init__(self, vocab_size: int, d_model: int, tied_to: nn.Embedding | None) -> None:
+    def __init__(self, options: TransformerOptions, tied_to: nn.Embedding | None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(1, d_model))
+        self.weight = nn.Parameter(torch.empty(1, options.d_model))
         self.bias = nn.Parameter(torch.empty(1))
 
     @staticmethod
@@ -168,6 +271,15 @@ class ValueHead(nn.Module):
     def values(self, hidden: Tensor) -> Tensor:
         """Map [batch, seq, d_model] to [batch, seq], in float32 or wider."""
         return (hidden.to(wide(hidden.dtype)) * self.weight[0]).sum(dim=-1) + self.bias
+
+
+def last_real(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Pick the state of each row's last real token: [batch, d_model]."""
+    if attention_mask is None:
+        return hidden[:, -1]
+    columns = torch.arange(hidden.shape[1], device=hidden.device)
+    ends = torch.where(attention_mask.bool(), columns, 0).amax(dim=1)
+    return hidden[torch.arange(len(ends), device=ends.device), ends]
 
 
 def _labelled(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -187,9 +299,12 @@ def _labelled(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return hidden.index_select(0, rows), labels.index_select(0, rows), rows
 
 
-HEADS: dict[str, type[LMHead] | type[LastTokenHead] | type[ValueHead]] = {
+HEADS: dict[str, Any] = {
     "lm": LMHead,
     "last": LastTokenHead,
     "value": ValueHead,
     "likelihood": LikelihoodHead,
+    "classify": ClassifyHead,
+    "tag": TagHead,
+    "none": NoHead,
 }

@@ -6,21 +6,20 @@ they are in `train/checkpoint.py`.
 
 from __future__ import annotations
 
-import importlib
+import difflib
 import json
 import os
-import pkgutil
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distllm import registry
-from distllm.arch import hf
+from distllm.arch.hf.family import Family, families, family_of
+from distllm.arch.hf.rules import their_names
 from distllm.errors import CheckpointError
 
 _FRESH_HEAD = "head."
@@ -31,7 +30,7 @@ def load_model(
     folder: str | Path,
     head: str | None = None,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     seed: int = 0,
 ) -> tuple[Any, Any]:
     """Read a model and its tokenizer from a directory in Hugging Face layout; nothing is fetched from a network.
@@ -41,7 +40,7 @@ def load_model(
         head: None keeps the saved head. A language model can be given another head; its new parameters are drawn
             from `seed`.
         device: where to put the model.
-        dtype: of the weights.
+        dtype: of the weights; None keeps the saved one.
         seed: of parameters that are not in the directory.
 
     Returns:
@@ -52,7 +51,8 @@ def load_model(
     """
     folder = Path(folder)
     config, tensors = read_config(folder), read_tensors(folder)
-    options, state, saved_head = _family(config, folder).from_hf(config, tensors)
+    family = _family(config, folder)
+    options, state, saved_head = family.from_hf(config, tensors)
     model_class = registry.get("arch", options.name)
     wanted_head = head or saved_head
     with torch.device("meta"):
@@ -64,10 +64,12 @@ def load_model(
         if wanted_head != saved_head
         else set()
     )
-    _check_tensors(model, state, fresh, folder)
+    _check_tensors(model, state, fresh, folder, their_names(family.rules(options, saved_head)))
     _fill_fresh(model, state, seed)
-    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+    if dtype is not None:
+        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
     model.load_state_dict(state, assign=True)
+    model.generation_defaults = _read_json(folder / "generation_config.json")
     return model.to(device).eval(), read_tokenizer(folder)
 
 
@@ -98,10 +100,10 @@ def save_model(
     from safetensors import SafetensorError
 
     options, head = model.options, model.head_name
-    family = next(m for m in _families() if options.name == m.ARCH)
     state = dict(model.state_dict() if state is None else state)
-    config, tensors = family.to_hf(options, state, head)
-    special = _special_ids(tokenizer)
+    config, tensors = family_of(options).to_hf(options, state, head)
+    defaults = getattr(model, "generation_defaults", {})
+    special = _special_ids(tokenizer, defaults)
     config |= special
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     folder = Path(folder)
@@ -110,7 +112,9 @@ def save_model(
     aside = _beside(folder, "tmp")
     try:
         aside.mkdir()
-        _write(aside, config, _generation_config(special, end_ids), tensors, card)
+        _write(
+            aside, config, defaults | _generation_config(special, end_ids), tensors, card, options
+        )
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
     except (OSError, SafetensorError) as error:
@@ -144,10 +148,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder} is not a model directory: it has no config.json. Give the directory that holds "
             "config.json and model.safetensors (a run's is RUN/model)."
         )
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
+    return _read_json(path)
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -187,21 +188,30 @@ def read_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def _families() -> list[ModuleType]:
-    return [
-        importlib.import_module(f"{hf.__name__}.{m.name}")
-        for m in pkgutil.iter_modules(hf.__path__)
-    ]
-
-
-def _family(config: Mapping[str, Any], folder: Path) -> ModuleType:
-    known = {m.MODEL_TYPE: m for m in _families()}
-    model_type = config.get("model_type")
+def _family(config: Mapping[str, Any], folder: Path) -> Family:
+    known, model_type = families(), str(config.get("model_type"))
     if model_type not in known:
+        near = difflib.get_close_matches(model_type, known, n=1, cutoff=0.5)
+        hint = f" The nearest is {near[0]}." if near else ""
         raise CheckpointError(
-            f"{folder}/config.json has model_type={model_type}; readable are {', '.join(sorted(known))}."
+            f"{folder}/config.json has model_type={model_type}, which is not among the families read natively: "
+            f"{', '.join(sorted(known))}.{hint} arch=auto model={folder} runs any model that transformers can load."
         )
     return known[model_type]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; an absent file is an empty one.
+
+    Raises:
+        CheckpointError: it is not JSON.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
 
 
 def _expected(model: nn.Module) -> dict[str, Tensor]:
@@ -223,21 +233,25 @@ def _swap_head(model: nn.Module, state: dict[str, Tensor], saved_head: str, fold
 
 
 def _check_tensors(
-    model: nn.Module, state: Mapping[str, Tensor], fresh: set[str], folder: Path
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    fresh: set[str],
+    folder: Path,
+    theirs: Mapping[str, str],
 ) -> None:
     expected = _expected(model)
     buffers = {name for name, _ in model.named_buffers()}
-    missing = sorted(set(expected) - set(state) - fresh - buffers)
+    missing = sorted({theirs.get(n, n) for n in set(expected) - set(state) - fresh - buffers})
     extra = sorted(set(state) - set(expected))
     wrong = [
-        f"{name} is {list(state[name].shape)}, config.json says {list(expected[name].shape)}"
+        f"{theirs.get(name, name)} is {list(state[name].shape)}, config.json says {list(expected[name].shape)}"
         for name in sorted(set(expected) & set(state))
         if state[name].shape != expected[name].shape
     ]
     problems = [
-        *([f"missing: {_few(missing)}"] if missing else []),
-        *([f"not part of the model: {_few(extra)}"] if extra else []),
-        *([f"wrong shape: {_few(wrong)}"] if wrong else []),
+        *([f"{len(missing)} missing: {_few(missing)}"] if missing else []),
+        *([f"{len(extra)} not part of the model: {_few(extra)}"] if extra else []),
+        *([f"{len(wrong)} of the wrong shape: {_few(wrong)}"] if wrong else []),
     ]
     if problems:
         raise CheckpointError(
@@ -262,15 +276,18 @@ def _fill_fresh(model: Any, state: dict[str, Tensor], seed: int) -> None:
             state.setdefault(name, torch.tensor(default))
 
 
-def _special_ids(tokenizer: Any) -> dict[str, int | None]:
+def _special_ids(tokenizer: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the ids of special tokens off the tokenizer; without one keep those the model came with."""
+    if tokenizer is None:
+        return {key: defaults.get(key) for key in _SPECIAL}
     return {key: getattr(tokenizer, key, None) for key in _SPECIAL}
 
 
-def _generation_config(special: Mapping[str, int | None], end_ids: Sequence[int]) -> dict[str, Any]:
+def _generation_config(special: Mapping[str, Any], end_ids: Sequence[int]) -> dict[str, Any]:
     known: dict[str, Any] = {key: value for key, value in special.items() if value is not None}
     if end_ids:
-        own = [known["eos_token_id"]] if "eos_token_id" in known else []
-        known["eos_token_id"] = sorted({*end_ids, *own})
+        own = known.get("eos_token_id", [])
+        known["eos_token_id"] = sorted({*end_ids, *(own if isinstance(own, list) else [own])})
     return known
 
 
@@ -280,6 +297,7 @@ def _write(
     generation_config: Mapping[str, Any],
     tensors: dict[str, Tensor],
     card: str,
+    options: Any,
 ) -> None:
     from safetensors.torch import save_file
 
@@ -288,14 +306,15 @@ def _write(
         text = json.dumps(content, indent=2) + "\n"
         (folder / f"{name}.json").write_text(text, encoding="utf-8")
     num_parameters = sum(v.numel() for v in tensors.values())
-    (folder / "README.md").write_text(_card(config, num_parameters, card), encoding="utf-8")
+    (folder / "README.md").write_text(
+        _card(config["architectures"][0], options, num_parameters, card), encoding="utf-8"
+    )
 
 
-def _card(config: Mapping[str, Any], num_parameters: int, extra: str) -> str:
+def _card(title: str, options: Any, num_parameters: int, extra: str) -> str:
     return (
-        f"# {config['architectures'][0]}\n\nTrained with distllm. {num_parameters:,} parameters, "
-        f"{config['num_hidden_layers']} layers of width {config['hidden_size']}, vocabulary "
-        f"{config['vocab_size']:,}, context {config['max_position_embeddings']:,} tokens.\n\n"
+        f"# {title}\n\nTrained with distllm. {num_parameters:,} parameters, {options.n_layers} layers of width "
+        f"{options.d_model}, vocabulary {options.vocab_size:,}, context {options.max_seq_len:,} tokens.\n\n"
         f'Load it with `distllm.load_model("DIR")`.\n{extra}'
     )
 

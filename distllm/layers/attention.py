@@ -5,7 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distllm.layers.blocked_attention import blocked_attention
+from distllm.layers.masks import Mask, causal_bias
 from distllm.layers.positions import Rotary, rotate
+from distllm.layers.precision import wide
 
 _LONGEST_BLOCKED = 1024
 """Beyond this many tokens the kept probabilities cost too much memory."""
@@ -16,10 +18,11 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
-    causal: bool,
-    mask: Tensor | None = None,
+    mask: Mask,
     scale: float,
     rotary: Rotary | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Let every query gather values.
 
@@ -27,31 +30,68 @@ def attention(
         q: [batch, seq, n_heads, d_head].
         k: [batch, kv_seq, n_kv_heads, d_head]; n_heads is a multiple of n_kv_heads.
         v: as `k`.
-        causal: queries see no later column. With as many keys as queries; a `mask` given too must agree.
-        mask: additive bias, broadcast to [batch, n_heads, seq, kv_seq].
+        mask: who sees whom.
         scale: factor on the dot products.
-        rotary: turn queries and keys first (cos, sin), each [1 or batch, seq, d_head].
+        rotary: turn queries and keys first (cos, sin), each [1 or batch, seq, d_head], half style.
+        softcap: squash the scores to (-softcap, softcap).
+        sinks: [n_heads], one more logit per head in the softmax, whose probability goes nowhere.
 
     Returns:
         [batch, seq, n_heads, d_head].
     """
-    if causal and _blocks_pay(q):
-        return blocked_attention(q, k, v, rotary, mask, scale)
+    bias = mask.bias
+    special = softcap is not None or sinks is not None
+    learned = bias is not None and bias.requires_grad
+    if mask.causal and not special and not learned and _blocks_pay(q):
+        return blocked_attention(q, k, v, rotary, bias, scale)
     if rotary is not None:
         q, k = rotate(q, rotary), rotate(k, rotary)
+    if special:
+        if bias is None and mask.causal:
+            bias = causal_bias(q.shape[1], q.dtype, q.device)
+        return written_out(q, k, v, bias, scale, softcap, sinks)
     if q.shape[1] == 1:
-        return _one_query(q, k, v, mask, scale)
+        return _one_query(q, k, v, bias, scale)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(
         q,
         k,
         v,
-        attn_mask=mask,
-        is_causal=causal and mask is None,
+        attn_mask=bias,
+        is_causal=mask.causal and bias is None,
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
     return out.transpose(1, 2)
+
+
+def written_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attend by matrix products and a softmax in float32 or wider; the heads of a group share their keys, no copies."""
+    batch, seq, n_heads, d_head = q.shape
+    n_kv_heads = k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    q = (q * scale).reshape(batch, n_kv_heads, -1, d_head)
+    scores = torch.matmul(q, k.transpose(2, 3)).view(batch, n_heads, seq, -1)
+    scores = scores.to(wide(scores.dtype))
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
+    if sinks is not None:
+        sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(batch, -1, seq, 1)
+        weights = torch.softmax(torch.cat((scores, sink), dim=-1), dim=-1)[..., :-1]
+    else:
+        weights = torch.softmax(scores, dim=-1)
+    weights = weights.to(v.dtype).reshape(batch, n_kv_heads, -1, k.shape[2])
+    return torch.matmul(weights, v).view(batch, n_heads, seq, d_head).transpose(1, 2)
 
 
 def _blocks_pay(q: Tensor) -> bool:
@@ -66,5 +106,7 @@ def _one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: floa
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     scores = torch.matmul(q, k.transpose(2, 3))
     if mask is not None:
+        if mask.shape[1] > 1:  # one bias per head: [batch, n_heads, 1, kv_seq]
+            mask = mask.reshape(len(mask), n_kv_heads, -1, mask.shape[-1])
         scores = scores + mask
     return torch.matmul(torch.softmax(scores, dim=-1), v).reshape(batch, 1, n_heads, d_head)

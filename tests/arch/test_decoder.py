@@ -224,7 +224,6 @@ def test_dropout_keeps_the_expected_value(build, ids):
     "name",
     [
         "token_type_ids",
-        "prefix_lengths",
         "decoder_input_ids",
         "decoder_attention_mask",
         "decoder_position_ids",

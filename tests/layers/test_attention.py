@@ -7,6 +7,7 @@ import torch
 
 from distllm.layers import attention as attention_module
 from distllm.layers.attention import attention
+from distllm.layers.masks import Mask
 from distllm.layers.positions import rotary_tables
 
 
@@ -71,7 +72,7 @@ def test_values_and_gradients_equal_written_out_sums(
             torch.arange(11).double(), 100.0 ** -(torch.arange(0, 6, 2).double() / 6)
         )
     expected = by_hand(q, k, v, visible, 0.3, angles)
-    got = attention(q, k, v, causal=True, mask=mask, scale=0.3, rotary=rotary)
+    got = attention(q, k, v, mask=Mask(True, mask), scale=0.3, rotary=rotary)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
     for ours, reference in zip(
         gradients(got, (q, k, v), grad), gradients(expected, (q, k, v), grad), strict=True
@@ -89,18 +90,18 @@ def test_new_queries_meet_all_earlier_keys(masked, seq):
         visible[1, [0, 1], [0, 1]] = True
     expected = by_hand(q, k, v, visible, 0.2)[:, -seq:]
     mask = additive(visible[:, -seq:]) if masked or seq > 1 else None
-    got = attention(q[:, -seq:], k, v, causal=False, mask=mask, scale=0.2)
+    got = attention(q[:, -seq:], k, v, mask=Mask(False, mask), scale=0.2)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
 
 
 def test_bfloat16_stays_within_its_rounding():
     (q, k, v), grad = case(2, 130, 4, 2, 16, torch.float32)
     rotary = rotary_tables(torch.arange(130)[None], 16, 1e4, torch.float32)
-    exact = attention(q, k, v, causal=True, scale=0.25, rotary=rotary)
+    exact = attention(q, k, v, mask=Mask(True), scale=0.25, rotary=rotary)
     exact_grads = gradients(exact, (q, k, v), grad)
     rounded = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
     half = tuple(t.bfloat16() for t in rotary)
-    got = attention(*rounded, causal=True, scale=0.25, rotary=half)
+    got = attention(*rounded, mask=Mask(True), scale=0.25, rotary=half)
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.float(), exact, rtol=0, atol=0.03)
     for ours, reference in zip(gradients(got, rounded, grad.bfloat16()), exact_grads, strict=True):
@@ -110,5 +111,5 @@ def test_bfloat16_stays_within_its_rounding():
 
 def test_first_query_sees_itself_only():
     (q, k, v), _ = case(1, 5, 2, 2, 4)
-    got = attention(q, k, v, causal=True, scale=1 / math.sqrt(4))
+    got = attention(q, k, v, mask=Mask(True), scale=1 / math.sqrt(4))
     torch.testing.assert_close(got[:, 0], v[:, 0])

@@ -1,5 +1,7 @@
 """Positions and attention bias against rules applied one pair of tokens at a time."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from distllm.layers.masks import lay_out
 
 
 def layout(shape, attention_mask=None, position_ids=None, segment_ids=None, past=0, columns=None):
-    return lay_out(
+    found = lay_out(
         shape,
         attention_mask=attention_mask,
         position_ids=position_ids,
@@ -17,6 +19,7 @@ def layout(shape, attention_mask=None, position_ids=None, segment_ids=None, past
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
+    return SimpleNamespace(position_ids=found.position_ids, bias=found.masks[None].bias)
 
 
 def mask(*rows):

@@ -1,0 +1,89 @@
+"""Small random models of transformers, made so that a wrong switch shows, and how far ours is from them.
+
+The equality contract in `tests/contracts/` and the parity table are measured with these.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distllm.arch.hf.family import Family
+
+SEQ = 24
+
+
+def reference(family: Family, head: str = "lm", seed: int = 0, **changes: Any) -> Any:
+    """Build a small model of `family` in transformers, in float32, with no parameter left at its usual start.
+
+    Args:
+        family: gives the class and the settings.
+        head: which class of the family.
+        seed: of all values.
+        changes: settings other than `family.tiny`'s.
+    """
+    import transformers
+
+    settings = copy.deepcopy({**family.tiny, **changes})
+    config = transformers.AutoConfig.for_model(family.model_type, **settings)
+    config._attn_implementation = "eager"
+    torch.manual_seed(seed)
+    model = getattr(transformers, family.architectures[head])(config)
+    perturb(model, seed)
+    return model.eval()
+
+
+@torch.no_grad()
+def perturb(model: Any, seed: int) -> None:
+    """Draw every parameter anew: gains around 1, matrices large enough that logits reach far."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if id(parameter) in embeddings:
+            parameter.copy_(noise)
+        elif parameter.ndim > 1:
+            parameter.copy_(noise * 1.3 * parameter.shape[-1] ** -0.5)
+        else:
+            usual = parameter if "norm" in name.lower() or "ln_" in name else 0.0
+            parameter.copy_(usual + 0.3 * noise)
+    for name, buffer in model.named_buffers():
+        if name.endswith("final_logits_bias"):
+            buffer.copy_(torch.randn(buffer.shape, generator=generator))
+
+
+def save(model: Any, folder: Path) -> Path:
+    """Let transformers write the model."""
+    model.save_pretrained(folder)
+    return folder
+
+
+def padded(vocab_size: int, side: str, rows: int = 3, pad_id: int = 1) -> tuple[Tensor, Tensor]:
+    """Return (input_ids, attention_mask), [rows, SEQ]: no padding, or growing amounts of it on one side."""
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(4, vocab_size, (rows, SEQ), generator=generator)
+    mask = torch.ones(rows, SEQ, dtype=torch.long)
+    for row in range(rows):
+        missing = row * 5
+        if side == "right" and missing:
+            mask[row, -missing:] = 0
+        elif side == "left":
+            mask[row, :missing] = 0
+    return ids.masked_fill(mask == 0, pad_id), mask
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """Return the largest difference as a share of the largest expected value."""
+    return float((got - expected).abs().max() / expected.abs().max())
+
+
+def gradients(loss: Tensor, model: Any) -> Mapping[str, Tensor]:
+    """Return parameter name -> gradient of `loss`, where there is one."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    found = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
+    return {n: g for (n, _), g in zip(named, found, strict=True) if g is not None}
