@@ -26,7 +26,8 @@ from distllm.data.packing import PackedRow
 from distllm.engines.base import build_engine
 from distllm.engines.hardware import tune_cpu
 from distllm.engines.options import EngineOptions, HardwareOptions
-from distllm.objectives.clm import CLM, PretrainOptions
+from distllm.objectives.clm import CLM
+from distllm.objectives.options import PretrainOptions
 from distllm.optim.options import AdamWOptions
 from distllm.train.step import optimizer_step
 

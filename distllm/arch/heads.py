@@ -17,8 +17,12 @@ from torch import Tensor, nn
 
 from distllm.arch.block import make_norm
 from distllm.arch.options import TransformerOptions
-from distllm.layers.chunked_logprobs import chunked_logprobs
-from distllm.layers.cross_entropy import linear_cross_entropy, linear_logprobs
+from distllm.layers.chunked_logprobs import chunked_logprobs, chunked_normalisers
+from distllm.layers.cross_entropy import (
+    linear_cross_entropy,
+    linear_cross_entropy_z,
+    linear_logprobs,
+)
 from distllm.layers.feed_forward import ACTIVATIONS
 from distllm.layers.init import InitRules
 from distllm.layers.precision import wide
@@ -92,6 +96,16 @@ class LMHead(nn.Module):
         if self._is_plain:
             return linear_cross_entropy(prepared, self.projection, labels)
         return -chunked_logprobs(self._project, prepared, labels)[0].sum()
+
+    def loss_z(self, hidden: Tensor, labels: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+        """Return (`loss` plus `z_loss` times the sum of the squared log normalisers, that sum alone)."""
+        hidden, labels, _ = _labelled(hidden, labels)
+        prepared = self._prepare(hidden)
+        if self._is_plain:
+            return linear_cross_entropy_z(prepared, self.projection, labels, z_loss)
+        squares = chunked_normalisers(self._project, prepared).square().sum()
+        logprobs, _ = chunked_logprobs(self._project, prepared, labels)
+        return z_loss * squares - logprobs.sum(), squares.detach()
 
     def logprobs(
         self, hidden: Tensor, labels: Tensor, temperature: float = 1.0

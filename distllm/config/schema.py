@@ -9,7 +9,7 @@ from typing import Any
 from distllm import registry
 from distllm.engines.options import HardwareOptions
 from distllm.generation.options import GenerationOptions
-from distllm.objectives.clm import PretrainOptions
+from distllm.objectives.options import PretrainOptions
 from distllm.objectives.reward import RewardOptions
 from distllm.objectives.sft import SFTOptions
 from distllm.optim.options import ScheduleOptions

@@ -48,3 +48,17 @@ def chunked_logprobs(
     ]
     logprobs, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
     return logprobs, entropy
+
+
+def chunked_normalisers(project: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    """Logarithm of the softmax's normaliser of each token, [tokens]; arguments as above."""
+
+    def of_chunk(rows: Tensor) -> Tensor:
+        logits = project(rows)
+        return torch.logsumexp(logits.to(wide(logits.dtype)), dim=-1)
+
+    parts = [
+        checkpoint(of_chunk, rows, use_reentrant=False) if torch.is_grad_enabled() else of_chunk(rows)
+        for rows in hidden.split(_CHUNK_TOKENS)
+    ]
+    return torch.cat(parts)

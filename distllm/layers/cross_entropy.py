@@ -35,7 +35,26 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
     Returns:
         Scalar in float32 or wider; 0 with a graph attached when nothing is labelled.
     """
-    return _apply_loss(hidden, weight, labels, compute_dtype(weight))
+    return _apply_loss(hidden, weight, labels, compute_dtype(weight), 0.0)[0]
+
+
+def linear_cross_entropy_z(
+    hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float
+) -> tuple[Tensor, Tensor]:
+    """Sum the cross-entropy, and `z_loss` times the square of the logarithm of the softmax's normaliser.
+
+    Args:
+        hidden: [tokens, d_model].
+        weight: [vocab, d_model].
+        labels: [tokens] int64; IGNORE_INDEX adds nothing to either sum.
+        z_loss: weight of the second sum.
+
+    Returns:
+        (both sums together, the sum of squares alone and without gradient), scalars.
+
+    Reference: Chowdhery et al. 2022, arXiv 2204.02311, section 5.
+    """
+    return _apply_loss(hidden, weight, labels, compute_dtype(weight), z_loss)
 
 
 def linear_logprobs(
@@ -61,46 +80,63 @@ def linear_logprobs(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype
-    ) -> Tensor:
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        dtype: torch.dtype,
+        z_loss: float,
+    ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_weight, *_ = ctx.needs_input_grad
         ctx.dtypes = hidden.dtype, weight.dtype
         hidden, weight, precise = hidden.to(dtype), weight.to(dtype), wide(dtype)
         total = hidden.new_zeros((), dtype=precise)
+        squares = torch.zeros_like(total)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=precise) if needs_weight else None
         for rows in _chunks(len(hidden), weight, _CHUNK_BYTES):
             logits = hidden[rows] @ weight.t()
             for part in _chunks(len(logits), weight, _SLICE_BYTES, precise):
-                total += _loss_and_gradient(logits[part], labels[rows][part], precise)
+                loss, square = _loss_and_gradient(logits[part], labels[rows][part], precise, z_loss)
+                total += loss
+                squares += square
             # `logits` has turned into its own gradient.
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[rows])
             if grad_weight is not None:
                 grad_weight += logits.t() @ hidden[rows]
         ctx.save_for_backward(grad_hidden, grad_weight)
-        return total
+        ctx.mark_non_differentiable(squares)
+        return total + z_loss * squares, squares
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grads = (
             None if x is None else (x * grad.to(x.dtype)).to(dtype)
             for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return *grads, None, None
+        return *grads, None, None, None
 
 
-def _loss_and_gradient(logits: Tensor, labels: Tensor, precise: torch.dtype) -> Tensor:
-    """Return the summed loss of a slice and overwrite `logits` [tokens, vocab] with its gradient."""
+def _loss_and_gradient(
+    logits: Tensor, labels: Tensor, precise: torch.dtype, z_loss: float
+) -> tuple[Tensor, Tensor]:
+    """Return the sums of a slice and overwrite `logits` [tokens, vocab] with the gradient of loss + z_loss x squares."""
     used = labels != IGNORE_INDEX
     targets = labels.where(used, 0)[:, None]
-    probabilities, logprobs = _softmax(logits.to(precise), targets)
+    scores = logits.to(precise)
+    probabilities, logprobs = _softmax(scores, targets)
+    squares = logits.new_zeros((), dtype=precise)
+    if z_loss:
+        normaliser = scores.gather(1, targets) - logprobs
+        squares = normaliser[:, 0].square().where(used, 0.0).sum()
+        probabilities *= 1 + 2 * z_loss * normaliser
     probabilities.scatter_add_(1, targets, torch.full_like(logprobs, -1.0))
     if not _on_cpu(used) or not bool(used.all()):
         probabilities *= used[:, None]
     logits.copy_(probabilities)
-    return -logprobs[:, 0].where(used, 0.0).sum()
+    return -logprobs[:, 0].where(used, 0.0).sum(), squares
 
 
 def _softmax(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from distllm.data.packing import PackedRow
+from distllm.objectives.options import PretrainOptions
 from distllm.registry import register
 from distllm.types import IGNORE_INDEX, Batch, LossOutput, Model
-
-
-@dataclass(kw_only=True, slots=True)
-class PretrainOptions:
-    """Learn a language from raw text."""
-
-    name: str = "pretrain"
-    objective: str = "auto"
-    """What is predicted; `auto` is the architecture's own: `clm` for a decoder."""
-    baselines: bool = False
-    """Also fit a unigram and modified Kneser-Ney n-gram models of order 2 to 5, and report their held-out loss."""
 
 
 @register("objective")
@@ -51,8 +40,19 @@ class CLM:
 
     def loss(self, model: Model, batch: Batch) -> LossOutput:
         """Sum the losses without ever holding all logits."""
-        out = model(**batch.inputs(), compute_logits=False)
+        return lm_loss(model, batch, getattr(self.options, "z_loss", 0.0))
+
+
+def lm_loss(model: Model, batch: Batch, z_loss: float = 0.0) -> LossOutput:
+    """Run the model and sum the loss of the labelled tokens; with `z_loss` the term holds both, `nll` the first alone."""
+    out = model(**batch.inputs(), compute_logits=False)
+    assert batch.labels is not None
+    if not z_loss:
         return LossOutput({"lm": model.head.loss(out.last_hidden_state, batch.labels)})
+    loss, squares = model.head.loss_z(out.last_hidden_state, batch.labels, z_loss)
+    count = (batch.labels != IGNORE_INDEX).sum().double()
+    nll = (loss.detach() - z_loss * squares).double()
+    return LossOutput({"lm": loss}, {"nll": (nll, count), "z_square": (squares.double(), count)})
 
 
 def _stack(rows: Sequence[Any]) -> Tensor:

@@ -1,0 +1,39 @@
+"""Settings of pretraining, for every objective; each objective reads the ones that its docstring names."""
+
+from dataclasses import dataclass
+
+
+@dataclass(kw_only=True, slots=True)
+class PretrainOptions:
+    """Learn a language from raw text."""
+
+    name: str = "pretrain"
+    objective: str = "auto"
+    """What is predicted; `auto` is the architecture's own: `clm` for a decoder, `mlm` for an encoder, `span` for an
+    encoder-decoder, `blank` for GLM. Others: `ul2`, `prefix`."""
+    baselines: bool = False
+    """Also fit a unigram and modified Kneser-Ney n-gram models of order 2 to 5, and report their held-out loss (clm)."""
+    mask_rate: float = 0.15
+    """Share of the tokens that are hidden (mlm, span, blank). BERT, T5 and GLM: 0.15; ModernBERT: 0.3."""
+    eval_mask_rate: float = 0.15
+    """The same on held-out text (mlm), so that models trained with different rates compare."""
+    mask_whole_words: bool = False
+    """Hide words whole (mlm)."""
+    mask_token_share: float = 0.8
+    """Share of the hidden tokens that are replaced by the mask token (mlm)."""
+    random_token_share: float = 0.1
+    """Share of the hidden tokens that are replaced by a random one; the rest stay as they are (mlm)."""
+    mean_span_length: float = 3.0
+    """Mean length of a hidden span in tokens (span, blank)."""
+    sentence_share: float = 0.0
+    """Share of the texts of which whole sentences are hidden (blank). GLM-10B: 0.3; the smaller models: 0."""
+    document_share: float = 0.0
+    """Share of the texts whose last part is hidden (blank). GLM-10B: 0.2; the smaller models: 0."""
+    min_document_span: float = 0.5
+    """Least share of a text that is hidden then, the most is all of it (blank). GLM-10B: 0.25."""
+    z_loss: float = 0.0
+    """Weight of log(Z)^2 per token, which keeps the logits from drifting; PaLM: 1e-4 (all objectives)."""
+    fim_rate: float = 0.0
+    """Share of the documents that are reordered to prefix, suffix, middle, to learn to fill gaps (clm)."""
+    fim_spm_rate: float = 0.5
+    """Share of those that begin with the suffix instead (clm)."""
