@@ -21,6 +21,7 @@ from distllm.config.overrides import raise_all
 from distllm.config.schema import Config, leaves, options_of
 from distllm.engines.hardware import PRECISIONS, resolve_device, resolve_precision
 from distllm.errors import UserError
+from distllm.objectives.options import PRETRAINING
 
 SUPERVISED = ("pretrain", "sft", "reward")
 """Stages that learn from given samples; every other one is an RL algorithm."""
@@ -73,6 +74,7 @@ def _one_of(*words: str) -> Rule:
 
 _RULES: dict[Rule, str] = {
     AT_LEAST_1: """
+        stage.mean_span_length
         arch.vocab_size arch.d_model arch.n_layers arch.n_heads arch.n_kv_heads arch.d_head arch.d_ff arch.max_seq_len
         arch.window arch.relative_buckets arch.relative_max_distance arch.num_labels
         train.max_steps train.global_batch_size train.micro_batch_size train.seq_len train.log_every_steps
@@ -85,19 +87,21 @@ _RULES: dict[Rule, str] = {
         optim.weight_decay optim.max_grad_norm schedule.warmup_steps generation.temperature generation.top_k
         stage.rollout_batch_size stage.clip_high stage.kl_coef stage.target_kl stage.entropy_coef
         stage.truncated_penalty stage.reward_clip stage.value_clip stage.value_lr stage.value_warmup_steps
-        stage.advantage_eps""",
+        stage.advantage_eps stage.z_loss""",
     POSITIVE: """
         arch.rope_theta arch.rope_local_theta arch.norm_eps arch.embedding_scale arch.attention_scale
         arch.attention_softcap arch.logit_softcap arch.logit_scale optim.lr optim.eps""",
     BELOW_1: "arch.dropout optim.beta1 optim.beta2 data.heldout_fraction",
     Rule(lambda v: v in (1, -1), "must be 1 or -1"): "arch.rope_sign",
-    ABOVE_0_TO_1: "arch.rope_fraction schedule.decay_fraction generation.top_p",
-    SHARE: "schedule.min_lr_ratio stage.clip_low stage.gamma stage.gae_lambda",
+    ABOVE_0_TO_1: "stage.mask_rate stage.eval_mask_rate arch.rope_fraction schedule.decay_fraction generation.top_p",
+    SHARE: """
+        stage.mask_token_share stage.random_token_share stage.sentence_share stage.document_share stage.min_document_span
+        stage.fim_rate stage.fim_spm_rate schedule.min_lr_ratio stage.clip_low stage.gamma stage.gae_lambda""",
     _one_of(*PRECISIONS): "train.precision",
     _one_of("auto", "cpu", "cuda"): "hardware.device",
     _one_of("none", "full"): "engine.activation_checkpointing",
     _one_of("last", "likelihood"): "stage.head",
-    _one_of("auto", "clm"): "stage.objective",
+    _one_of("auto", *PRETRAINING): "stage.objective",
     _one_of("k1", "k2", "k3"): "stage.kl_kind",
     _one_of("token", "sequence"): "stage.aggregation",
     _one_of("keep", "penalise", "mask"): "stage.truncated",

@@ -59,7 +59,9 @@ class ChunkedDataset:
         self.limits = limits
         table = _table(sizes, limits)
         self._longest = len(table) - 1
-        if self._longest < 2 * min_piece:  # so that the end of a document can always be cut off well
+        if (
+            self._longest < 2 * min_piece
+        ):  # so that the end of a document can always be cut off well
             raise DataError(
                 f"A row has room for {limits[0]} tokens, which holds a piece of {self._longest} at most; "
                 f"{2 * min_piece} are needed. Raise train.seq_len."

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distllm.data.backends import Backends, backend_of
+from distllm.data.vocabulary import ROLES
 from distllm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -28,10 +29,17 @@ CHAT_TEMPLATE = (
 """`<|user|>question<|end|><|assistant|>answer<|end|>`, nothing in between."""
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer: any Unicode text survives it, and digits stand alone.
 
     The same texts give the same tokenizer. A small corpus may give fewer than `vocab_size` tokens.
+
+    Args:
+        texts: to learn from.
+        vocab_size: number of tokens, `special_tokens` included.
+        special_tokens: further ones, which get the last ids.
 
     Raises:
         ConfigError: `vocab_size` has no room for the bytes and the special tokens.
@@ -40,10 +48,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    smallest = 256 + len(SPECIAL_TOKENS)
-    if vocab_size < smallest:
+    num_special = len(SPECIAL_TOKENS) + len(special_tokens)
+    if vocab_size < 256 + num_special:
         raise ConfigError(
-            f"vocab_size={vocab_size} is below {smallest} = 256 bytes + {len(SPECIAL_TOKENS)} "
+            f"vocab_size={vocab_size} is below {256 + num_special} = 256 bytes + {num_special} "
             "special tokens. Set 4096."
         )
     texts = [text for text in texts if text]
@@ -58,17 +66,23 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=vocab_size - len(special_tokens),
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
+    backend.add_special_tokens(list(special_tokens))
+    roles = {ROLES[token]: token for token in special_tokens if token in ROLES}
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD,
         eos_token=EOS,
-        extra_special_tokens=[SYSTEM, USER, ASSISTANT, END],
+        **roles,
+        extra_special_tokens=[
+            *(SYSTEM, USER, ASSISTANT, END),
+            *(token for token in special_tokens if token not in ROLES),
+        ],
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )

@@ -125,8 +125,9 @@ class Vocabulary:
         return np.array([_is_letter(p[:1]) for p in self._pieces])
 
     @functools.cached_property
-    def _ends_in_letter(self) -> np.ndarray:
-        return np.array([_is_letter(p[-1:]) for p in self._pieces])
+    def _open(self) -> np.ndarray:
+        """[size] bool: a word may go on behind the token: it ends in a letter, or is the space before a word."""
+        return np.array([_is_letter(p[-1:]) or p in ("Ġ", "▁") for p in self._pieces])
 
     @functools.cached_property
     def _ends_sentence(self) -> np.ndarray:
@@ -138,7 +139,7 @@ class Vocabulary:
         A word is a run of letters and digits; every other token stands alone.
         """
         goes_on = np.zeros(len(ids), dtype=bool)
-        goes_on[1:] = self._continues[ids[1:]] & self._ends_in_letter[ids[:-1]]
+        goes_on[1:] = self._continues[ids[1:]] & self._open[ids[:-1]]
         return np.flatnonzero(~goes_on)
 
     def sentence_starts(self, ids: np.ndarray) -> np.ndarray:

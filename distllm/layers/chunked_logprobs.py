@@ -58,7 +58,9 @@ def chunked_normalisers(project: Callable[[Tensor], Tensor], hidden: Tensor) -> 
         return torch.logsumexp(logits.to(wide(logits.dtype)), dim=-1)
 
     parts = [
-        checkpoint(of_chunk, rows, use_reentrant=False) if torch.is_grad_enabled() else of_chunk(rows)
+        checkpoint(of_chunk, rows, use_reentrant=False)
+        if torch.is_grad_enabled()
+        else of_chunk(rows)
         for rows in hidden.split(_CHUNK_TOKENS)
     ]
     return torch.cat(parts)

@@ -45,9 +45,7 @@ class MLM(Denoising):
             sample_ids=sample_ids(examples),
         )
 
-    def corrupt(
-        self, ids: np.ndarray, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def corrupt(self, ids: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Return the text with tokens hidden, and the places of the chosen ones, sorted."""
         options = self.options
         rate = options.eval_mask_rate if self.evaluating else options.mask_rate

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+PRETRAINING = ("clm", "mlm", "span", "ul2", "blank", "prefix")
+"""Objectives that learn from raw text."""
+
 
 @dataclass(kw_only=True, slots=True)
 class PretrainOptions:

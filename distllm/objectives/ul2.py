@@ -50,9 +50,7 @@ class UL2(Span):
     def sizes(self, num_tokens: int) -> tuple[int, ...]:
         """Count the most that any of the denoisers makes of a piece."""
         modes = max(map(len, self._mode_ids.values()))
-        sides = [
-            self._sizes_of(num_tokens, d.rate, d.mean_length or num_tokens) for d in DENOISERS
-        ]
+        sides = [self._sizes_of(num_tokens, d.rate, d.mean_length or num_tokens) for d in DENOISERS]
         return max(s for s, _ in sides) + modes, max(t for _, t in sides)
 
     def corrupt(self, ids: np.ndarray, rng: np.random.Generator) -> Pair:

@@ -4,8 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distllm.layers import cross_entropy
-from distllm.layers.cross_entropy import linear_cross_entropy, linear_logprobs
+from distllm.layers import chunked_logprobs, cross_entropy
+from distllm.layers.cross_entropy import (
+    linear_cross_entropy,
+    linear_cross_entropy_z,
+    linear_logprobs,
+)
 
 TOKENS, D_MODEL, VOCAB = 40, 16, 50
 WHOLE = (2**24, 2**20, 2**26)
@@ -155,3 +159,26 @@ def test_peak_memory_stays_below_full_logits(what):
     full = peak(lambda: F.cross_entropy(hidden @ weight.t(), labels, reduction="sum"))
     assert full > tokens * vocab * 4
     assert peak(ours) < full / 3
+
+
+@pytest.mark.parametrize("kind", ["fused", "chunked"])
+def test_z_loss_against_torch(sizes, kind, monkeypatch):
+    hidden, weight, labels = case()
+    labels[3] = -100 if kind == "fused" else labels[3]
+    logits = hidden @ weight.t()
+    normaliser = torch.logsumexp(logits, dim=-1)[labels != -100]
+    expected = F.cross_entropy(logits, labels, reduction="sum") + 0.1 * normaliser.square().sum()
+    grads = torch.autograd.grad(2 * expected, (hidden, weight))
+    if kind == "fused":
+        ours, squares = linear_cross_entropy_z(hidden, weight, labels, 0.1)
+    else:
+        monkeypatch.setattr(chunked_logprobs, "_CHUNK_TOKENS", 7)
+        found = chunked_logprobs.chunked_normalisers(lambda x: x @ weight.t(), hidden)
+        squares = found.square().sum()
+        picked, _ = chunked_logprobs.chunked_logprobs(lambda x: x @ weight.t(), hidden, labels)
+        ours = 0.1 * squares - picked.sum()
+    assert_same(
+        (ours, squares, *torch.autograd.grad(2 * ours, (hidden, weight))),
+        (expected, normaliser.square().sum(), *grads),
+        1e-8,
+    )
