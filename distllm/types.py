@@ -145,7 +145,8 @@ class ModelOutput:
     encoder_states: Tensor | None = None
     """[batch, source_seq, d_model]."""
     aux: dict[str, Tensor] | None = None
-    """Additive losses of the model itself (expert balance)."""
+    """Losses of the model itself, in training mode only: `balance` and `router_z` of its experts, each times its
+    coefficient and summed over the rows of the batch, so that they weigh as many as there are rows."""
 
 
 @dataclass(frozen=True, slots=True)

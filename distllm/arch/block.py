@@ -17,12 +17,14 @@ from distllm.arch.options import (
     QKNorm,
     RopeStyle,
     TransformerOptions,
+    has_experts,
     layer_type,
     resolve_d_head,
     window_of,
 )
 from distllm.layers.attention import attention
 from distllm.layers.cache import KVCache
+from distllm.layers.experts import Experts, Router
 from distllm.layers.feed_forward import FeedForward, GatedFeedForward
 from distllm.layers.masks import Mask
 from distllm.layers.norms import LayerNorm, RMSNorm
@@ -57,8 +59,27 @@ def make_norm(options: TransformerOptions, dim: int | None = None) -> nn.Module:
     return RMSNorm(dim, options.norm_eps, offset=options.norm_gain_offset, gain=options.norm_gain)
 
 
-def make_feed_forward(options: TransformerOptions) -> nn.Module:
-    """Build the feed-forward layer that `options` asks for."""
+def make_feed_forward(options: TransformerOptions, layer: int) -> nn.Module:
+    """Build the feed-forward layer, or the experts, that `options` ask for in block `layer`."""
+    if has_experts(options, layer):
+        router = Router(
+            options.d_model,
+            options.num_experts,
+            options.experts_per_token,
+            top_first=options.router_top_first,
+            renormalise=options.router_renormalise,
+            bias=options.router_bias,
+        )
+        return Experts(
+            options.d_model,
+            options.d_expert or options.d_ff,
+            options.num_experts,
+            router,
+            activation=options.activation,
+            clamp=options.expert_clamp,
+            alpha=options.expert_alpha,
+            bias=options.expert_bias,
+        )
     cls = GatedFeedForward if options.gated else FeedForward
     return cls(options.d_model, options.d_ff, options.activation, options.ff_bias)
 
@@ -164,9 +185,9 @@ class Block(nn.Module):
         if cross:
             self.cross_attention_norm = make_norm(options)
             self.cross_attention = CrossAttention(options)
-        self.has_cross = cross
+        self.has_cross, self.has_experts = cross, has_experts(options, layer)
         self.feed_forward_norm = make_norm(options)
-        self.feed_forward = make_feed_forward(options)
+        self.feed_forward = make_feed_forward(options, layer)
         if self.placement == Placement.sandwich:
             self.attention_out_norm = make_norm(options)
             if cross:
@@ -184,7 +205,13 @@ class Block(nn.Module):
         """Run the part `name` on `x` and add what it returns, normalised where the placement says so."""
         norm, part = getattr(self, f"{name}_norm"), getattr(self, name)
         given = norm(x) if self.placement in (Placement.pre, Placement.sandwich) else x
-        out = part(given) if name == "feed_forward" else part(given, context)
+        if name != "feed_forward":
+            out = part(given, context)
+        elif self.has_experts:
+            out, losses = part(given, context.real)
+            context.aux.append(losses)
+        else:
+            out = part(given)
         if self.placement == Placement.output:
             out = norm(out)
         elif self.placement == Placement.sandwich:

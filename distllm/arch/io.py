@@ -10,7 +10,7 @@ import difflib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,9 @@ def load_model(
         if wanted_head != saved_head
         else set()
     )
-    _check_tensors(model, state, fresh, folder, their_names(family.rules(options, saved_head)))
+    _check_tensors(
+        model, state, fresh, folder, their_names(family.rules(options, saved_head)), tensors
+    )
     _fill_fresh(model, state, seed)
     if dtype is not None:
         state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
@@ -237,14 +239,22 @@ def _check_tensors(
     state: Mapping[str, Tensor],
     fresh: set[str],
     folder: Path,
-    theirs: Mapping[str, str],
+    theirs: Mapping[str, tuple[str, ...]],
+    on_disk: Collection[str],
 ) -> None:
     expected = _expected(model)
     buffers = {name for name, _ in model.named_buffers()}
-    missing = sorted({theirs.get(n, n) for n in set(expected) - set(state) - fresh - buffers})
+    absent = set(expected) - set(state) - fresh - buffers
+    missing = [
+        n
+        for name in sorted(absent)
+        for n in theirs.get(name, (name,))
+        if n not in on_disk and n.partition(".")[2] not in on_disk
+    ]
     extra = sorted(set(state) - set(expected))
     wrong = [
-        f"{theirs.get(name, name)} is {list(state[name].shape)}, config.json says {list(expected[name].shape)}"
+        f"{_few(theirs.get(name, (name,)), 1)} is {list(state[name].shape)}, config.json says "
+        f"{list(expected[name].shape)}"
         for name in sorted(set(expected) & set(state))
         if state[name].shape != expected[name].shape
     ]

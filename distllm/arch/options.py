@@ -158,6 +158,30 @@ class TransformerOptions:
     """`silu`, `gelu` (exact), `gelu_tanh`, `relu` or `relu2` (its square)."""
     ff_bias: bool = False
     """Feed-forward matrices have a bias."""
+    num_experts: int = 0
+    """Feed-forward layers beside each other, of which a router picks some for every token; 0 = one dense layer."""
+    experts_per_token: int = 2
+    """How many experts each token goes through."""
+    d_expert: int | None = None
+    """Inner width of one expert; None = d_ff."""
+    dense_layers: list[int] = field(default_factory=list)
+    """Blocks that keep a dense feed-forward layer of width d_ff, counted from 0."""
+    router_top_first: bool = False
+    """Softmax over the chosen experts only (GPT-OSS); else over all of them before choosing (Qwen3)."""
+    router_renormalise: bool = True
+    """Make the weights of the chosen experts sum to 1, where the softmax was over all."""
+    router_bias: bool = False
+    """The router's scores have a bias."""
+    expert_bias: bool = False
+    """Experts have biases."""
+    expert_clamp: float | None = None
+    """GPT-OSS: limit gate and up to this, then gate * sigmoid(expert_alpha * gate) * (up + 1). None = activation(gate) * up."""
+    expert_alpha: float = 1.702
+    """See `expert_clamp`."""
+    balance_coef: float = 0.001
+    """Weight of the loss that spreads tokens over experts, per sequence, averaged over blocks."""
+    router_z_coef: float = 0.0
+    """Weight of the loss that keeps router scores small, per sequence, averaged over blocks; 0.001 in ST-MoE."""
     token_types: int = 0
     """Rows of the token-type embedding (2 in BERT); 0 = there is none."""
     tie_embeddings: bool = True
@@ -187,6 +211,11 @@ def layer_type(options: TransformerOptions, layer: int) -> LayerType:
 def window_of(options: TransformerOptions, layer: int) -> int | None:
     """Return the window of block `layer`; None = it sees everything."""
     return options.window if layer_type(options, layer) == LayerType.window else None
+
+
+def has_experts(options: TransformerOptions, layer: int) -> bool:
+    """Return whether block `layer` has experts instead of one feed-forward layer."""
+    return options.num_experts > 0 and layer not in options.dense_layers
 
 
 def d_rotary(options: TransformerOptions) -> int:
@@ -238,6 +267,11 @@ def check_switches(options: TransformerOptions) -> None:
         )
     if options.window is not None and options.window < 1:
         problems.append(f"arch.window={options.window} must be at least 1. Set 128.")
+    if options.num_experts and not 1 <= options.experts_per_token <= options.num_experts:
+        problems.append(
+            f"arch.experts_per_token={options.experts_per_token} must be from 1 to arch.num_experts="
+            f"{options.num_experts}. Set {min(2, options.num_experts)}."
+        )
     if options.rope_sign not in (1, -1):
         problems.append(f"arch.rope_sign={options.rope_sign} must be 1 or -1. Set 1.")
     if not 0 < options.rope_fraction <= 1:

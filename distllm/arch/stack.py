@@ -103,7 +103,7 @@ class Stack(nn.Module):
             encoder_segments: [batch, source_seq] segment ids of a packed encoder input.
 
         Returns:
-            (hidden states [batch, seq, d_model] behind the final norm, expert losses summed over blocks or None).
+            (hidden states [batch, seq, d_model] behind the final norm, expert losses or None: see `ModelOutput.aux`).
 
         Raises:
             ValueError: the sequence is longer than the model was built for, or shapes do not fit.
@@ -144,7 +144,20 @@ class Stack(nn.Module):
         if cache is not None:
             cache.advance(seq)
         hidden = x if self.final_norm is None else self.final_norm(x)
-        return hidden, _summed(context.aux)
+        return hidden, self._expert_losses(context.aux)
+
+    def _expert_losses(self, parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor] | None:
+        """Average over the blocks that have experts; times the coefficients. None in eval mode, or without experts."""
+        coefficients = {
+            "balance": self.options.balance_coef,
+            "router_z": self.options.router_z_coef,
+        }
+        losses = {
+            key: coefficient * torch.stack([part[key] for part in parts]).mean()
+            for key, coefficient in coefficients.items()
+            if coefficient and parts and key in parts[0]
+        }
+        return losses or None
 
     def _front(
         self, x: Tensor, position_ids: Tensor, token_type_ids: Tensor | None, dtype: torch.dtype
@@ -241,6 +254,11 @@ def stack_plan(prefix: str, options: TransformerOptions) -> dict[str, str]:
     }
     if options.gated:
         plan[f"{block}feed_forward.gate_proj.weight"] = "column"
+    if options.num_experts:
+        plan[f"{block}feed_forward.router.*"] = "whole"
+        plan[f"{block}feed_forward.gate_up_*"] = "whole"
+        plan[f"{block}feed_forward.down_proj"] = "whole"
+        plan[f"{block}feed_forward.down_bias"] = "whole"
     if options.qk_norm != QKNorm.none:
         plan[f"{block}attention.[qk]_norm.*"] = "whole"
     if options.attention_sinks:
@@ -263,9 +281,11 @@ def stack_init_rules(options: TransformerOptions) -> InitRules:
     return {
         "*norm.weight": ("constant", 1.0 - options.norm_gain_offset),
         "*.bias": ("constant", 0.0),
+        "*_bias": ("constant", 0.0),
         "*.sinks": ("constant", 0.0),
         "*.out_proj.weight": ("normal", residual),
         "*.down_proj.weight": ("normal", residual),
+        "*.down_proj": ("normal", residual),
         "*": ("normal", std),
     }
 
@@ -297,9 +317,3 @@ def refuse(kind: str, **arguments: Tensor | None) -> None:
 def _embedding(rows: int, width: int) -> nn.Embedding:
     # Without values: torch would draw normal ones first, which takes time for large vocabularies.
     return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
-
-
-def _summed(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor] | None:
-    if not parts:
-        return None
-    return {key: torch.stack([part[key] for part in parts]).sum(dim=0) for key in parts[0]}

@@ -82,6 +82,20 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).abs().max() / expected.abs().max())
 
 
+def as_on_disk(family: Family, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Write tensors of a transformers model the way it saves them, where that differs from how it holds them."""
+    found = dict(tensors)
+    if family.model_type == "qwen3_moe":
+        for name in [n for n in found if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+            stem, _, which = name.rpartition(".")
+            for expert, matrix in enumerate(found.pop(name)):
+                parts = {"down_proj": matrix}
+                if which == "gate_up_proj":
+                    parts = dict(zip(("gate_proj", "up_proj"), matrix.chunk(2), strict=True))
+                found |= {f"{stem}.{expert}.{x}.weight": m for x, m in parts.items()}
+    return found
+
+
 def gradients(loss: Tensor, model: Any) -> Mapping[str, Tensor]:
     """Return parameter name -> gradient of `loss`, where there is one."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]

@@ -9,7 +9,7 @@ from distllm.arch.decoder import DecoderOptions
 from distllm.arch.hf.family import Family
 from distllm.arch.hf.rope import read_rope, write_rope
 from distllm.arch.hf.rules import Rule, same
-from distllm.arch.options import Placement, QKNorm, resolve_d_head
+from distllm.arch.options import QKNorm, resolve_d_head
 
 SETTINGS = {
     "vocab_size": "vocab_size",
@@ -163,4 +163,3 @@ SANDWICH_NORMS = {
     "feed_forward_out_norm": "post_feedforward_layernorm",
 }
 """As in Gemma 2 and 3."""
-SANDWICH = Placement.sandwich

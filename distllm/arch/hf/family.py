@@ -142,7 +142,7 @@ class Family:
         wrong = [
             f"{key}={config[key]} (readable: {value})"
             for key, value in self.constants.items()
-            if key in config and config[key] != value
+            if key in config and config[key] != value and (config[key] or value)
         ]
         if wrong:
             raise CheckpointError(
@@ -287,11 +287,14 @@ def shorten_layer_types(theirs: Sequence[str]) -> list[str]:
 
 def _comparable(options: Any) -> dict[str, Any]:
     """Return what a model computes, without what has several spellings or is not kept."""
-    types = expand_layer_types(options)
+    types, d_head = expand_layer_types(options), resolve_d_head(options)
     plain = replace(
         options,
         family="",
-        d_head=resolve_d_head(options),
+        d_head=d_head,
+        attention_scale=d_head**-0.5
+        if options.attention_scale is None
+        else options.attention_scale,
         layer_types=types,
         window=options.window if "sliding_attention" in types else None,
     )

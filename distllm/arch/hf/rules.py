@@ -73,6 +73,6 @@ def store_all(rules: Sequence[Rule], state: Mapping[str, Tensor]) -> dict[str, T
     return tensors
 
 
-def their_names(rules: Sequence[Rule]) -> dict[str, str]:
+def their_names(rules: Sequence[Rule]) -> dict[str, tuple[str, ...]]:
     """Map our names to theirs, for messages."""
-    return {ours: ", ".join(rule.theirs) for rule in rules for ours in rule.ours}
+    return {ours: rule.theirs for rule in rules for ours in rule.ours}
