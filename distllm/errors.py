@@ -22,3 +22,15 @@ class CheckpointError(UserError):
 
 class EngineError(UserError):
     """The machine cannot run what was asked, or training met a state it must not continue from."""
+
+
+class OtherRankError(Exception):
+    """Another rank failed, and this one stops with it. That rank's own message is the one to read."""
+
+    def __init__(self, rank: int, kind: str, message: str, is_users: bool) -> None:
+        super().__init__(f"rank {rank} failed with {kind}: {message}")
+        self.rank, self.is_users = rank, is_users
+
+
+class LostRankError(Exception):
+    """Another rank died or did not answer in time."""

@@ -151,13 +151,15 @@ class ModelOutput:
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """Where this process stands. dp counts the processes that see different data."""
+    """Where this process stands. dp counts the processes that see different data, tp those that share one copy of it."""
 
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
     dp_rank: int = 0
     dp_size: int = 1
+    tp_rank: int = 0
+    tp_size: int = 1
 
     @property
     def is_main(self) -> bool:

@@ -32,9 +32,12 @@ def run(arguments: Sequence[str]) -> int:
         raise ConfigError("`distllm evaluate` needs model=DIR, such as model=RUN/model.")
     raise_all(machine_problems(config))
 
+    from distllm.engines.processes import rank
     from distllm.pipeline.evaluate_model import evaluate
 
     text = json.dumps(evaluate(config), indent=2)
+    if rank() != 0:
+        return 0
     print(text)
     if "out" in given.own:
         Path(given.own["out"]).write_text(text + "\n", encoding="utf-8")

@@ -3,17 +3,23 @@
 A verb's module offers `HELP` (text), `OWN` (its own `key=value` pairs -> meaning) and `run(arguments) -> exit code`.
 Nothing heavy is imported here: `distllm --help` answers before torch could be loaded.
 
-Exit codes: 0 done; 2 the user's mistake; 3 stopped by a signal after a clean save; 1 anything else.
+Exit codes: 0 done; 2 the user's mistake; 3 stopped by a signal after a clean save; 1 anything else. Under a launcher a
+clean stop is 0, and `stopped.json` in the run directory tells: launchers take other codes for failures and start anew.
 """
 
+import contextlib
 import importlib
+import json
 import os
 import sys
+import time
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 
 from distllm.cli import environment
-from distllm.errors import ConfigError, UserError
+from distllm.errors import ConfigError, LostRankError, OtherRankError, UserError
 from distllm.registry import unknown_name
 
 VERBS = {
@@ -65,8 +71,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return EXIT_DONE
         return module.run(rest)
     except UserError as error:
+        _tell_launcher(error)
         print(f"distllm: {error}", file=sys.stderr)
         return EXIT_USER
+    except OtherRankError as error:
+        return EXIT_USER if error.is_users else EXIT_FAILED
+    except LostRankError as error:
+        print(f"distllm: {error}", file=sys.stderr)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         # Before a run is under way, or where there is none: nothing to save.
         print("distllm: interrupted", file=sys.stderr)
@@ -75,6 +87,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader (`| head`) has seen enough. Python would complain once more when it flushes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
+    except Exception as error:
+        _tell_launcher(error)
+        raise
+
+
+def stopped_exit_code() -> int:
+    """Return what a process exits with after a signal and a clean save."""
+    from distllm.engines.processes import launched
+
+    return EXIT_DONE if launched() else EXIT_STOPPED
+
+
+def _tell_launcher(error: Exception) -> None:
+    """Leave the error where torchrun looks for it: it prints that of the rank which failed first, last."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    details = {"py_callstack": traceback.format_exc(), "timestamp": str(int(time.time()))}
+    message = {"message": f"{type(error).__name__}: {error}", "extraInfo": details}
+    with contextlib.suppress(OSError):
+        Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
 
 
 _FILES = {"import": "import_", "list": "list_"}  # a keyword, and a name that would hide the builtin

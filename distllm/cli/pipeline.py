@@ -21,11 +21,12 @@ def run(arguments: Sequence[str]) -> int:
     """Run the stages; 3 when a signal stopped one after a clean save."""
     given = split("pipeline", arguments, OWN)
 
-    from distllm.cli.main import EXIT_DONE, EXIT_STOPPED
+    from distllm.cli.main import EXIT_DONE, stopped_exit_code
     from distllm.config.checks import machine_problems
     from distllm.config.compose import compose
     from distllm.config.files import options_in
     from distllm.config.overrides import raise_all
+    from distllm.engines import processes
     from distllm.errors import ConfigError
 
     config = compose(given.overrides)
@@ -40,7 +41,9 @@ def run(arguments: Sequence[str]) -> int:
 
     result = run_pipeline(config)
     if not result.finished:
-        return EXIT_STOPPED
+        return stopped_exit_code()
+    if processes.rank() != 0:
+        return EXIT_DONE
     _print_table(result.table)
     print(f"Report: {result.report}\nModels: {result.run_dir}/STAGE/model")
     return EXIT_DONE

@@ -22,16 +22,19 @@ def run(arguments: Sequence[str]) -> int:
     """Run the stage; 3 when a signal stopped it after a clean save."""
     given = split("train", arguments, OWN)
 
-    from distllm.cli.main import EXIT_DONE, EXIT_STOPPED
+    from distllm.cli.main import EXIT_DONE, stopped_exit_code
     from distllm.config.checks import check_training
     from distllm.config.compose import compose
+    from distllm.engines import processes
     from distllm.pipeline.stage import run_stage
 
     config = compose(given.overrides)
     check_training(config)
     result = run_stage(config)
     if not result.finished:
-        return EXIT_STOPPED
+        return stopped_exit_code()
+    if processes.rank() != 0:
+        return EXIT_DONE
     width = max(map(len, result.metrics), default=0)
     for name, value in sorted(result.metrics.items()):
         print(

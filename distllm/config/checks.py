@@ -20,6 +20,7 @@ from distllm.config.files import GROUPS
 from distllm.config.overrides import raise_all
 from distllm.config.schema import Config, leaves, options_of
 from distllm.engines.hardware import PRECISIONS, resolve_device, resolve_precision
+from distllm.engines.mesh import dp_size, mesh_problems
 from distllm.errors import UserError
 from distllm.objectives.options import PRETRAINING
 
@@ -39,17 +40,29 @@ def check(config: Config, dp_size: int = 1) -> None:
     raise_all(field_problems(config) or cross_problems(config, dp_size))
 
 
-def check_training(config: Config, dp_size: int = 1) -> None:
+def check_training(config: Config, dp_size: int | None = None) -> None:
     """Check everything that training needs: `check`, the stage against its data, and the machine.
+
+    Args:
+        config: everything that is set.
+        dp_size: processes that see different data; None asks the launcher's variables.
 
     Raises:
         ConfigError: something does not hold; the message lists all problems.
     """
     problems = field_problems(config)
     if not problems:
-        problems = cross_problems(config, dp_size) + data_problems(config)
+        problems = cross_problems(
+            config, data_parallel_size(config) if dp_size is None else dp_size
+        )
+        problems += data_problems(config)
     problems += machine_problems(config)
     raise_all(problems or model_problems(config))
+
+
+def data_parallel_size(config: Config) -> int:
+    """Return how many of the processes that the launcher started see different data; 1 without one."""
+    return dp_size(config.engine)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +95,8 @@ _RULES: dict[Rule, str] = {
         train.save_every_steps train.keep_last train.num_eval_samples
         generation.max_new_tokens pipeline.rounds
         data.num_train data.num_prompts data.num_heldout
-        stage.num_samples stage.num_epochs stage.kl_horizon""",
+        stage.num_samples stage.num_epochs stage.kl_horizon
+        engine.start_timeout_s engine.timeout_s engine.long_timeout_s engine.bucket_mib""",
     NOT_NEGATIVE: """
         run.seed arch.init_std arch.position_offset arch.token_types arch.norm_gain_offset
         arch.num_experts arch.balance_coef arch.router_z_coef train.eval_every_steps train.max_skipped_steps hardware.threads
@@ -276,10 +290,12 @@ def machine_problems(config: Config) -> list[str]:
     problems = []
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes > 1 and config.engine.name == "single":
+        others = [name for name in registry.names("engine") if name != "single"]
         problems.append(
             f"engine=single runs one process, and a launcher has started {processes} (WORLD_SIZE). "
-            "Start it without a launcher."
+            f"Start it without a launcher, or set engine to one of {', '.join(others)}."
         )
+    problems += mesh_problems(config.engine, processes)
     try:
         device = resolve_device(config.hardware.device)
         resolve_precision(config.train.precision, device)

@@ -6,8 +6,9 @@ wrapped forward, so that sharded engines can gather and release parameters aroun
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from distllm import registry
+from distllm.engines import collectives
 from distllm.engines.options import EngineOptions, HardwareOptions
 from distllm.types import Batch, LossOutput, Objective, Ranks
 
@@ -28,6 +30,10 @@ class Engine(ABC):
     dtype: torch.dtype
     """Of the heavy arithmetic; weights and moments are fp32 (or fp64 where the model is)."""
     ranks: Ranks
+    dp_group: Any = None
+    """Process group of the ranks that see different data and otherwise hold the same; None is all ranks."""
+    needs_group = True
+    """Whether the library wants a process group even for one process."""
 
     @abstractmethod
     def forward_backward(
@@ -48,24 +54,65 @@ class Engine(ABC):
 
     @abstractmethod
     def infer(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Call `function(model, *args)` without gradient or dropout, in the engine's precision."""
+        """Call `function(model, *args)` without gradient or dropout, in the engine's precision.
+
+        All ranks must call equally often: a sharded model gathers its weights block by block. `share` cuts work so.
+        """
 
     @abstractmethod
     @contextmanager
     def sampling(self) -> Iterator[nn.Module]:
-        """Yield the model ready for many forwards with unchanging weights."""
+        """Yield the model ready for many forwards with unchanging weights; its forwards do not communicate.
+
+        All ranks enter and leave together; in between each may do as much as it has to.
+        """
 
     @abstractmethod
-    def all_sum(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Sum scalars over the data-parallel ranks. All ranks take part."""
+    def state(self) -> Iterable[tuple[str, Tensor]]:
+        """Yield everything that resumes, in full shape: `weight/NAME`, `exp_avg/NAME`, ..., `buffer/NAME`.
 
-    @abstractmethod
-    def state(self) -> dict[str, Tensor]:
-        """Return everything that resumes: `weight/NAME`, `exp_avg/NAME`, ... in full shape."""
+        All ranks iterate to the end, in step, since each tensor may have to be gathered. Names and order are the same
+        for every engine and world size. A tensor may be a live one: copy what is kept beyond the next update.
+        """
 
     @abstractmethod
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `state` returned."""
+        """Take over what `state` yielded, from any engine and world size. Each name is looked up once."""
+
+    def export(self) -> dict[str, Tensor]:
+        """Return the weights and buffers in full shape, on the CPU of rank 0; elsewhere nothing. All ranks take part."""
+        tensors = {}
+        for key, value in self.state():
+            kind, name = key.split("/", 1)
+            if kind in ("weight", "buffer") and self.ranks.is_main:
+                tensors[name] = value.detach().cpu()
+        return tensors
+
+    def all_sum(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Sum scalars over the data-parallel ranks. All ranks take part."""
+        return collectives.sum_scalars(values, self.dp_group)
+
+    def share(self, count: int, batch_size: int) -> list[tuple[list[int], bool]]:
+        """Cut items 0 .. count - 1 into this rank's batches, equally many on each data-parallel rank.
+
+        Returns:
+            (item numbers, whether they count); a batch that does not count repeats an item to keep step with others.
+        """
+        if count == 0:
+            return []
+        rank, size = self.ranks.dp_rank, self.ranks.dp_size
+        mine = list(range(rank, count, size))
+        batches = [(mine[i : i + batch_size], True) for i in range(0, len(mine), batch_size)]
+        most = math.ceil(math.ceil(count / size) / batch_size)
+        return batches + [([0], False)] * (most - len(batches))
+
+    def gather(self, values: Mapping[int, Tensor], count: int) -> list[Tensor]:
+        """Bring together, on every rank, one tensor for each of the items 0 .. count - 1 that `share` handed out."""
+        named = {str(i): v for i, v in values.items()}
+        found: dict[str, Tensor] = {}
+        for part in collectives.gather_tensors(named, self.dp_group):
+            found |= part
+        return [found[str(i)] for i in range(count)]
 
     @abstractmethod
     def close(self) -> None:

@@ -7,14 +7,15 @@ from pathlib import Path
 import torch
 
 from distllm.engines.options import HardwareOptions
+from distllm.engines.processes import local_world_size
 from distllm.errors import ConfigError, EngineError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 PRECISIONS = ("auto", "fp32", "bf16")
 
 
-def resolve_device(name: str) -> torch.device:
-    """Turn `auto | cpu | cuda` into a device.
+def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
+    """Turn `auto | cpu | cuda` into a device; with `local_rank`, into that rank's own GPU.
 
     Raises:
         EngineError: cuda was asked for and there is none.
@@ -27,6 +28,8 @@ def resolve_device(name: str) -> torch.device:
         )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and local_rank is not None:
+        return torch.device(name, local_rank)
     return torch.device(name)
 
 
@@ -74,9 +77,11 @@ def tune_cpu(options: HardwareOptions) -> int:
 
     glibc gives memory blocks of some MiB back to the kernel at every free, so each step would fault its
     activations in anew; raising two thresholds keeps them. The number of threads depends on the machine alone,
-    never on its load, because it enters the order of floating-point sums and so the bits of a run.
+    never on its load, because it enters the order of floating-point sums and so the bits of a run. Processes on one
+    machine share its cores.
     """
-    threads = options.threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or available_cores()
+    shared = max(1, available_cores() // local_world_size())
+    threads = options.threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or shared
     torch.set_num_threads(threads)
     try:
         libc = ctypes.CDLL("libc.so.6")

@@ -14,6 +14,12 @@ class EngineOptions:
     """Compile each block with torch.compile (needs a C compiler on a CPU)."""
     activation_checkpointing: str = free("none")
     """`none`, or `full`: recompute each block in the backward pass; saves memory, costs about a third more time."""
+    start_timeout_s: int = free(300)
+    """Longest wait for all processes to appear at the start."""
+    timeout_s: int = free(100)
+    """Longest wait for the other processes within an optimizer step; longer hides a hang for longer."""
+    long_timeout_s: int = free(1800)
+    """The same while sampling, scoring, evaluating, saving and exporting, where one process may have more to do."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -24,4 +30,4 @@ class HardwareOptions:
     device: str = free("auto")
     """`auto` (cuda if there is one, else cpu), `cpu` or `cuda`."""
     threads: int = free(0)
-    """CPU threads; 0 uses every core this process may run on."""
+    """CPU threads; 0 uses every core this process may run on, shared with the other processes of this machine."""

@@ -26,6 +26,7 @@ from distllm.data.tokenizer import (
     train_tokenizer,
 )
 from distllm.engines.base import Engine, build_engine
+from distllm.engines.collectives import on_main, together
 from distllm.errors import ConfigError
 from distllm.train.loop import Source
 
@@ -44,9 +45,9 @@ class Parts:
     """Roles whose engines are saved in checkpoints; the first one's model is exported."""
     source: Source
     evaluate: Callable[[], tuple[dict[str, float], list[dict[str, Any]]]]
-    """Measure held-out data: metrics, and sample records."""
+    """Measure held-out data: metrics, and sample records. All ranks call it, and all get the same."""
     baselines: Callable[[], dict[str, float]] = dict
-    """Measure once, before training, what the stage has to beat: `baseline/...`."""
+    """Measure once, before training, what the stage has to beat: `baseline/...`. All ranks call it."""
     finish: Callable[[], None] = lambda: None
     """Called once after training, before the final evaluation and export."""
     parents: dict[str, str] = field(default_factory=dict)
@@ -65,7 +66,7 @@ class Builder:
     tokenizer: Any = field(init=False)
 
     def __post_init__(self) -> None:
-        self.data = open_source(self.config.data, self.config.run.seed)
+        self.data = together(lambda: open_source(self.config.data, self.config.run.seed))
         self.tokenizer = self._tokenizer()
 
     @property
@@ -133,21 +134,23 @@ class Builder:
             return tokenizer
         if config.model:
             return load_tokenizer(config.model)
-        if not own.exists():
-            text_source = self.data
-            if "documents" not in text_source.serves:
-                text_source = open_source(replace(config.data, name="stdlib"), config.run.seed)
-            texts = [d.text for d in text_source.documents("train")]
-            _log.info(
-                "Training a tokenizer of %d on data=%s.",
-                config.arch.vocab_size,
-                text_source.options.name,
-            )
-            aside = self.run_dir / ".tokenizer.tmp"
-            shutil.rmtree(aside, ignore_errors=True)
-            save_tokenizer(train_tokenizer(texts, config.arch.vocab_size), aside)
-            aside.rename(own)
+        on_main(lambda: None if own.exists() else self._train_tokenizer(own))
         return load_tokenizer(own)
+
+    def _train_tokenizer(self, folder: Path) -> None:
+        config, text_source = self.config, self.data
+        if "documents" not in text_source.serves:
+            text_source = open_source(replace(config.data, name="stdlib"), config.run.seed)
+        texts = [d.text for d in text_source.documents("train")]
+        _log.info(
+            "Training a tokenizer of %d on data=%s.",
+            config.arch.vocab_size,
+            text_source.options.name,
+        )
+        aside = self.run_dir / ".tokenizer.tmp"
+        shutil.rmtree(aside, ignore_errors=True)
+        save_tokenizer(train_tokenizer(texts, config.arch.vocab_size), aside)
+        aside.rename(folder)
 
     def _check_same_tokenizer(self, tokenizer: Any) -> None:
         """Refuse a tokenizer other than the one the model was trained with."""

@@ -8,21 +8,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distllm.config.schema import Config, leaves, to_dict
+from distllm.config.schema import Config
 from distllm.data.datasets import PromptDataset
 from distllm.data.skills import exact_match
+from distllm.engines import collectives
 from distllm.engines.base import Engine
 from distllm.engines.hardware import tune_cpu
+from distllm.engines.processes import phase
 from distllm.generation.generate import generate
 from distllm.generation.noise import derive_seed
+from distllm.generation.rollouts import spread
 from distllm.pipeline.build import Builder
 from distllm.pipeline.lineage import describe_lineage
-from distllm.tracking.console import setup_logging
+from distllm.pipeline.session import session
+from distllm.pipeline.stage import read_result
 from distllm.tracking.progress import progress
 from distllm.train.files import atomic_write_json, atomic_write_text
 from distllm.train.rng import seed_all
-from distllm.train.run_dir import RunDir
-from distllm.types import Pair, Prompt
+from distllm.types import Pair, Prompt, Rollout
 
 _log = logging.getLogger("distllm")
 
@@ -40,36 +43,41 @@ def collect_pairs(config: Config, num_samples: int = 2) -> dict[str, Any]:
     Raises:
         ConfigError: the data offers no prompts with answers.
     """
-    run = RunDir(config.run.dir)
-    with run.lock():
-        run.claim(to_dict(config), {x.key: "free" if x.free else "same" for x in leaves(config)})
-        setup_logging(run.path)
-        result = run.path / "result.json"
-        if result.exists():
-            return json.loads(result.read_text(encoding="utf-8"))["metrics"]
+    with session(config) as folder:
+        done = collectives.from_main(lambda: read_result(folder))
+        if done is not None:
+            return done["metrics"]
         tune_cpu(config.hardware)
-        seed_all(config.run.seed)
-        builder = Builder(config, run.path)
+        seed_all(config.run.seed, collectives.rank())
+        builder = Builder(config, folder)
         engine = builder.engine("policy", builder.model("lm", dropout=False), trained=False)
         lineage = describe_lineage(config, builder, {"policy": str(config.model)})
         # Each policy gets noise of its own, so that a further round does not repeat the draws of the last.
         seed = derive_seed(config.run.seed, int((lineage["parent"]["sha256"] or "0")[:8], 16))
         metrics: dict[str, Any] = {}
+        found: dict[str, list[Pair]] = {}
         for split in SPLITS:
-            pairs, accuracy = _pairs(builder, engine, split, num_samples, seed)
-            rows = [_row(pair) for pair in pairs]
-            atomic_write_text(run.path / f"{split}.jsonl", "".join(rows))
-            sampled = sum(p.kind == "sampled" for p in pairs)
+            found[split], accuracy = _pairs(builder, engine, split, num_samples, seed)
+            sampled = sum(p.kind == "sampled" for p in found[split])
             metrics |= {
-                f"{split}/pairs": len(pairs),
-                f"{split}/share_sampled": sampled / max(1, len(pairs)),
+                f"{split}/pairs": len(found[split]),
+                f"{split}/share_sampled": sampled / max(1, len(found[split])),
                 f"{split}/policy_accuracy": accuracy,
             }
-        atomic_write_json(run.path / "lineage.json", lineage)
-        atomic_write_json(
-            result, {"name": run.path.name, "stage": "collect", "steps": 0, "metrics": metrics}
-        )
+        collectives.on_main(lambda: _write(folder, found, lineage, metrics))
         return metrics
+
+
+def _write(
+    folder: Path, found: dict[str, list[Pair]], lineage: dict[str, Any], metrics: dict[str, Any]
+) -> None:
+    for split, pairs in found.items():
+        atomic_write_text(folder / f"{split}.jsonl", "".join(_row(pair) for pair in pairs))
+    atomic_write_json(folder / "lineage.json", lineage)
+    atomic_write_json(
+        folder / "result.json",
+        {"name": folder.name, "stage": "collect", "steps": 0, "metrics": metrics},
+    )
 
 
 def _pairs(
@@ -79,23 +87,29 @@ def _pairs(
     prompts = builder.data.prompts(split)[: len(corrupted)]
     limit = builder.config.train.seq_len
     examples = PromptDataset(prompts, builder.tokenizer, limit)
-    answers: list[list[str]] = []
-    with engine.sampling() as model, progress(len(prompts), f"collect {split}") as bar:
-        for start in range(0, len(prompts), BATCH_SIZE):
-            part = [examples[i] for i in range(start, min(start + BATCH_SIZE, len(examples)))]
-            rollouts = generate(
-                model,  # type: ignore[arg-type]
-                [p.prompt_ids for p in part],
-                builder.config.generation,
-                end_ids=builder.end_ids,
-                pad_id=builder.pad_id,
-                seed=seed,
-                prompt_indices=[p.sample_id for p in part],
-                num_samples=num_samples,
-            )
-            texts = [builder.decode(r.response_ids).strip() for r in rollouts]
-            answers += [texts[i : i + num_samples] for i in range(0, len(texts), num_samples)]
-            bar.advance(len(part))
+    shown = progress(len(prompts), f"collect {split}", is_main=engine.ranks.is_main)
+    with phase("sampling"), engine.sampling() as model, shown as bar:
+
+        def sample(numbers: list[int]) -> list[Rollout]:
+            rollouts: list[Rollout] = []
+            for start in range(0, len(numbers), BATCH_SIZE):
+                part = [examples[i] for i in numbers[start : start + BATCH_SIZE]]
+                rollouts += generate(
+                    model,  # type: ignore[arg-type]
+                    [p.prompt_ids for p in part],
+                    builder.config.generation,
+                    end_ids=builder.end_ids,
+                    pad_id=builder.pad_id,
+                    seed=seed,
+                    prompt_indices=[p.sample_id for p in part],
+                    num_samples=num_samples,
+                )
+                bar.advance(len(part) * engine.ranks.world_size)
+            return rollouts
+
+        rollouts = spread(len(prompts), sample, num_samples)
+    texts = [builder.decode(r.response_ids).strip() for r in rollouts]
+    answers = [texts[i : i + num_samples] for i in range(0, len(texts), num_samples)]
     right = sum(
         exact_match(text, p.answer or "")
         for p, texts in zip(prompts, answers, strict=True)

@@ -7,7 +7,8 @@ from typing import Any
 
 from distllm.arch.io import load_model
 from distllm.config.schema import Config
-from distllm.engines.hardware import tune_cpu
+from distllm.engines.hardware import resolve_device, tune_cpu
+from distllm.engines.processes import phase, processes
 from distllm.errors import ConfigError
 from distllm.objectives.reward import Reward, RewardOptions
 from distllm.pipeline.build import Builder
@@ -26,6 +27,11 @@ def evaluate(config: Config) -> dict[str, Any]:
     Raises:
         ConfigError: the data has nothing that this kind of model can be measured on.
     """
+    with processes(config.engine, resolve_device(config.hardware.device)), phase("evaluation"):
+        return _evaluate(config)
+
+
+def _evaluate(config: Config) -> dict[str, Any]:
     assert config.model is not None
     tune_cpu(config.hardware)
     builder = Builder(config, Path(config.model))

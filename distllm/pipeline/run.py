@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from distllm.config.compose import compose
-from distllm.config.schema import Config, leaves, to_dict
+from distllm.config.schema import Config
+from distllm.engines import collectives
+from distllm.engines.processes import phase
 from distllm.errors import ConfigError
 from distllm.pipeline.collect import collect_pairs, pair_files
 from distllm.pipeline.options import PipelineOptions, PipelineStage
+from distllm.pipeline.session import leave_stopped, session, stop_agreed
 from distllm.pipeline.stage import read_result, run_stage
 from distllm.pipeline.table import bars
 from distllm.tracking.console import setup_logging
@@ -61,9 +64,7 @@ def run_pipeline(config: Config) -> PipelineResult:
     run = RunDir(config.run.dir)
     jobs = plan_jobs(config.pipeline, run.path)
     configs = [job_config(config, job) for job in jobs]
-    with run.lock(), StopFlag() as stop:
-        run.claim(to_dict(config), {x.key: "free" if x.free else "same" for x in leaves(config)})
-        setup_logging(run.path)
+    with StopFlag() as stop, session(config):
         for index, (job, stage_config) in enumerate(zip(jobs, configs, strict=True), start=1):
             _log.info("Stage %d/%d: %s.", index, len(jobs), job.folder.name)
             if job.stage.kind == "collect":
@@ -71,13 +72,20 @@ def run_pipeline(config: Config) -> PipelineResult:
                 finished = True
             else:
                 finished = run_stage(stage_config, stop).finished
-            if not finished or stop.requested:
+            setup_logging(run.path, collectives.rank())
+            if not finished or stop_agreed(stop):
+                leave_stopped(run.path, 0)
                 return PipelineResult(False, run.path, [], None)
-        summary = summarise(config, run.path, jobs)
+        summary = collectives.from_main(lambda: summarise(config, run.path, jobs))
         summary["wall_s"] = time.monotonic() - started
-        atomic_write_json(run.path / "pipeline.json", summary)
-        report = write_report([run.path], run.path / "report.html")
-    return PipelineResult(True, run.path, summary["table"], report)
+        with phase("export"):
+            collectives.on_main(lambda: _finish(run.path, summary))
+    return PipelineResult(True, run.path, summary["table"], run.path / "report.html")
+
+
+def _finish(folder: Path, summary: dict[str, Any]) -> None:
+    atomic_write_json(folder / "pipeline.json", summary)
+    write_report([folder], folder / "report.html")
 
 
 def plan_jobs(options: PipelineOptions, folder: Path) -> list[Job]:

@@ -1,4 +1,7 @@
-"""One stage from start to finish: lock, build, resume, train, evaluate, export, and leave a record of where it came from."""
+"""One stage from start to finish: build, resume, train, evaluate, export, and leave a record of where it came from.
+
+What surrounds it (processes, lock, logs) is in `session.py`.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +15,22 @@ from typing import Any
 
 from distllm.arch.io import save_model
 from distllm.config.checks import check_training
-from distllm.config.schema import Config, leaves, to_dict
+from distllm.config.schema import Config, to_dict
+from distllm.engines import collectives
 from distllm.engines.hardware import tune_cpu
+from distllm.engines.processes import phase
 from distllm.errors import CheckpointError
 from distllm.pipeline import reinforcement, supervised
 from distllm.pipeline.build import Builder, Parts
 from distllm.pipeline.lineage import describe_lineage
+from distllm.pipeline.session import leave_stopped, session, stop_agreed
 from distllm.tracking.base import Tracker, make_trackers
-from distllm.tracking.console import setup_logging
 from distllm.tracking.progress import progress
 from distllm.train.checkpoint import Checkpoints
 from distllm.train.files import atomic_write_json, free_bytes
 from distllm.train.intervals import paired_interval
 from distllm.train.loop import Loop
 from distllm.train.rng import seed_all
-from distllm.train.run_dir import RunDir
 from distllm.train.signals import StopFlag
 from distllm.train.state import RunState
 
@@ -45,44 +49,44 @@ class StageResult:
 
 
 def run_stage(config: Config, stop: StopFlag | None = None) -> StageResult:
-    """Run the stage that `config` describes, or go on with it where its run directory stands.
+    """Run the stage that `config` describes, or go on with it where its run directory stands. All ranks take part.
 
     Raises:
         UserError: something in the configuration, the data, the directory or the machine is not as it must be.
+        OtherRankError, LostRankError: another rank failed or is gone.
     """
     if stop is None:
         with StopFlag() as stop:
             return run_stage(config, stop)
     check_training(config)
-    run = RunDir(config.run.dir)
-    with run.lock():
-        run.claim(to_dict(config), {x.key: "free" if x.free else "same" for x in leaves(config)})
-        setup_logging(run.path)
-        done = read_result(run.path)
+    with session(config) as folder:
+        done = collectives.from_main(lambda: read_result(folder))
         if done is not None and done["steps"] >= config.train.max_steps:
-            _log.info("%s is complete (%d steps).", run.path, done["steps"])
-            return StageResult(True, run.path, done["metrics"])
+            _log.info("%s is complete (%d steps).", folder, done["steps"])
+            return StageResult(True, folder, done["metrics"])
         threads = tune_cpu(config.hardware)
-        seed_all(config.run.seed)
-        builder = Builder(config, run.path)
-        is_rl = config.stage.name not in ("pretrain", "sft", "reward")
-        parts = (reinforcement if is_rl else supervised).build(builder)
+        seed_all(config.run.seed, collectives.rank())
+        with phase("build"):
+            builder = Builder(config, folder)
+            is_rl = config.stage.name not in ("pretrain", "sft", "reward")
+            parts = (reinforcement if is_rl else supervised).build(builder)
         first = parts.engines[parts.trained[0]]
         _log.info(
-            "%s: %s on %s, %s, %d threads.",
+            "%s: %s on %s, %s, %d processes, %d threads each.",
             config.stage.name,
             config.arch.name,
             first.device,
             str(first.dtype).removeprefix("torch."),
+            first.ranks.world_size,
             threads,
         )
-        tracker = make_trackers(config.tracking, run.path, first.ranks.is_main, to_dict(config))
+        tracker = make_trackers(config.tracking, folder, first.ranks.is_main, to_dict(config))
         try:
-            return _train(config, run.path, builder, parts, tracker, stop)
+            return _train(config, folder, builder, parts, tracker, stop)
         except Exception as error:
             if disk_is_full(error):
                 raise CheckpointError(
-                    f"The disk of {run.path} is full ({free_bytes(run.path)} bytes free): {error}. The last "
+                    f"The disk of {folder} is full ({free_bytes(folder)} bytes free): {error}. The last "
                     "checkpoint is intact; make room, then start again to go on from it."
                 ) from error
             raise
@@ -106,10 +110,12 @@ def _train(
     checkpoints = Checkpoints(folder / "checkpoints", config.train.keep_last)
     checkpoints.clean()
     trained = {role: parts.engines[role] for role in parts.trained}
-    state = RunState(checkpoints, trained, tracker.state, notes)
+    state = RunState(checkpoints, trained, tracker.state, notes, config.run.seed)
+    main = trained[parts.trained[0]]
 
     def measure(when: str, step: int) -> dict[str, Any]:
-        metrics, samples = parts.evaluate()
+        with phase("evaluation"):
+            metrics, samples = parts.evaluate()
         for record in samples:
             tracker.sample({"step": step, "stage": stage, "when": when, **record})
         if when != "train":  # the loop writes its own lines
@@ -127,42 +133,59 @@ def _train(
         log=tracker.log,
         evaluate=lambda step: _scalars(measure("train", step)),
         save=save,
-        stop_requested=lambda: stop.requested,
+        stop_requested=lambda: stop_agreed(stop),
         progress=lambda step, shown: bar.advance(1, **_shown(shown)),
     )
-    model: Any = trained[parts.trained[0]].model
+    model: Any = main.model
     tracked = state.restore(loop)
     tracker.restore(tracked or {}, loop.step)
     before_s = notes["train_s"]
     if notes["before"] is None:
-        notes["before"] = measure("before", 0) | parts.baselines()
+        measured = measure("before", 0)
+        with phase("evaluation"):
+            notes["before"] = measured | parts.baselines()
     else:
         _log.info("Going on from step %d.", loop.step)
 
-    with progress(config.train.max_steps, stage, start=loop.step) as bar:
+    shown = {"start": loop.step, "is_main": main.ranks.is_main}
+    with progress(config.train.max_steps, stage, **shown) as bar:
         finished = loop.run()
     if not finished:
+        leave_stopped(folder, loop.step)
         _log.info("Stopped after step %d; start again with the same run.dir to go on.", loop.step)
         return StageResult(False, folder, {})
 
     parts.finish()
     metrics = summarise(notes["before"], measure("after", loop.step))
-    lineage = describe_lineage(config, builder, parts.parents)
-    save_model(model, parts.tokenizer, folder / "model", end_ids=builder.end_ids)
-    atomic_write_json(folder / "lineage.json", lineage)
-    atomic_write_json(
-        folder / "result.json",
-        {
-            "name": folder.name,
-            "stage": stage,
-            "steps": loop.step,
-            "metrics": metrics,
-            "wall_s": notes["train_s"],
-            "num_parameters": sum(p.numel() for p in model.parameters()),
-            **parts.facts,
-        },
-    )
+    result = {
+        "name": folder.name,
+        "stage": stage,
+        "steps": loop.step,
+        "metrics": metrics,
+        "wall_s": notes["train_s"],
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        **parts.facts,
+    }
+    with phase("export"):
+        weights = main.export()
+        collectives.on_main(lambda: _export(config, folder, builder, parts, model, weights, result))
     return StageResult(True, folder, metrics)
+
+
+def _export(
+    config: Config,
+    folder: Path,
+    builder: Builder,
+    parts: Parts,
+    model: Any,
+    weights: dict[str, Any],
+    result: dict[str, Any],
+) -> None:
+    """Write the model, where it comes from, and, last, what it reached."""
+    lineage = describe_lineage(config, builder, parts.parents)
+    save_model(model, parts.tokenizer, folder / "model", state=weights, end_ids=builder.end_ids)
+    atomic_write_json(folder / "lineage.json", lineage)
+    atomic_write_json(folder / "result.json", result)
 
 
 def disk_is_full(error: Exception) -> bool:

@@ -12,6 +12,7 @@ from distllm import registry
 from distllm.data import ngram
 from distllm.data.datasets import ChatDataset, PairDataset, text_rows
 from distllm.engines.base import Engine
+from distllm.engines.collectives import from_main
 from distllm.errors import ConfigError
 from distllm.objectives.reward import Reward
 from distllm.pipeline.build import Builder, Parts
@@ -53,7 +54,7 @@ def _pretrain(builder: Builder) -> Parts:
         return {f"baseline/{name}": nats for name, nats in costs.items()}
 
     parts = _parts(builder, engine, objective, train, measure_documents(builder, engine))
-    return replace(parts, baselines=baselines)
+    return replace(parts, baselines=lambda: from_main(baselines))
 
 
 def _sft(builder: Builder) -> Parts:

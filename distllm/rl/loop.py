@@ -1,5 +1,8 @@
 """The source of RL work: sample, score, prepare, then hand out the updates one optimizer step at a time.
 
+Ranks share the work of sampling and scoring; afterwards each holds all rollouts, so that whatever an algorithm does with
+a whole batch (groups, whitening) knows no ranks. Each update is cut into shares again.
+
 `train/loop.py` runs it like any other stage. A checkpoint may fall between two updates of one batch of rollouts, so
 the rollouts themselves are part of the state.
 """
@@ -8,22 +11,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from distllm.data.datasets import PromptExample
 from distllm.data.sampler import Sampler
 from distllm.engines.base import Engine
+from distllm.engines.collectives import any_true, together
+from distllm.engines.processes import phase
 from distllm.generation.generate import generate
 from distllm.generation.noise import derive_seed
 from distllm.generation.options import GenerationOptions
+from distllm.generation.rollouts import pack_rollouts, spread, unpack_rollouts
 from distllm.optim.constant import Constant
 from distllm.rl.algorithm import Algorithm
-from distllm.rl.objective import TOKEN_FIELDS
 from distllm.rl.options import RLOptions
 from distllm.rl.scoring import summarise
 from distllm.train.ledger import Ledger
@@ -120,19 +124,23 @@ class RolloutSource:
         count = self.rollout_batch_size // self.options.num_samples
         position = self.ledger.position
         ids = self.ledger.take(self.sampler, count)
-        chosen = [self.prompts[i] for i in ids]
-        with self.engines["policy"].sampling() as model:
-            rollouts = generate(
-                model,
-                [p.prompt_ids for p in chosen],
-                self.sampling.options,
-                end_ids=self.sampling.end_ids,
-                pad_id=self.sampling.pad_id,
-                seed=derive_seed(self.seed, self.num_rollouts),
-                # Positions, not ids: a prompt that comes twice at an epoch's end gets noise of its own.
-                prompt_indices=range(position, position + count),
-                num_samples=self.options.num_samples,
-            )
+        chosen = together(lambda: [self.prompts[i] for i in ids])
+        with phase("sampling"), self.engines["policy"].sampling() as model:
+
+            def sample(numbers: list[int]) -> list[Rollout]:
+                return generate(
+                    model,  # type: ignore[arg-type]
+                    [chosen[n].prompt_ids for n in numbers],
+                    self.sampling.options,
+                    end_ids=self.sampling.end_ids,
+                    pad_id=self.sampling.pad_id,
+                    seed=derive_seed(self.seed, self.num_rollouts),
+                    # Positions, not ids: a prompt that comes twice at an epoch's end gets noise of its own.
+                    prompt_indices=[position + n for n in numbers],
+                    num_samples=self.options.num_samples,
+                )
+
+            rollouts = spread(count, sample, self.options.num_samples)
         self.num_rollouts += 1
         sampled = time.monotonic()
 
@@ -140,16 +148,17 @@ class RolloutSource:
             rollout.prompt_index = ids[rollout.prompt_index - position]
         texts = [self.sampling.decode(r.response_ids) for r in rollouts]
         prompts = [p.prompt for p in chosen for _ in range(self.options.num_samples)]
-        for rollout, reward in zip(
-            rollouts, self.reward.score(prompts, rollouts, texts), strict=True
-        ):
+        with phase("reward"):
+            rewards = self.reward.score(prompts, rollouts, texts)
+        for rollout, reward in zip(rollouts, rewards, strict=True):
             rollout.reward = self._shape(reward, rollout)
         metrics = summarise(rollouts)
         if self.on_rollouts is not None:
             self.on_rollouts(self.num_rollouts, prompts, rollouts, texts)
         scored = time.monotonic()
 
-        metrics |= self.algorithm.prepare(rollouts, self.engines)
+        with phase("reward"):
+            metrics |= self.algorithm.prepare(rollouts, self.engines)
         self.rollouts, self.next_update = rollouts, 0
         metrics["time/sampling_s"] = sampled - clock
         metrics["time/reward_s"] = scored - sampled
@@ -168,7 +177,7 @@ class RolloutSource:
         return reward
 
     def _mini_batch(self, update: int) -> list[Rollout]:
-        """Return this process's share of update number `update`, in an order drawn anew for each epoch."""
+        """Return the responses of update number `update`, in an order drawn anew for each epoch."""
         size = self.learning.options.global_batch_size
         per_epoch = len(self.rollouts) // size
         epoch, index = divmod(update, per_epoch)
@@ -183,11 +192,10 @@ class RolloutSource:
         for role, objective in self.algorithm.objectives().items():
             if role == "policy" and step < warm_up:
                 continue
-            size = self.learning.options.micro_batch_size
-            batches = [
-                objective.collate(examples[i : i + size]) for i in range(0, len(examples), size)
-            ]
-            if not sum(w.sum() for b in batches for w in objective.weights(b).values()):
+            size, ranks = self.learning.options.micro_batch_size, self.engines[role].ranks
+            mine = examples[ranks.dp_rank :: ranks.dp_size]
+            batches = [objective.collate(mine[i : i + size]) for i in range(0, len(mine), size)]
+            if not any_true(any(w.sum() for b in batches for w in objective.weights(b).values())):
                 continue  # every response was masked or unscorable: nothing to learn from
             work.append(
                 Work(
@@ -207,7 +215,6 @@ class RolloutSource:
             "num_rollouts": self.num_rollouts,
             "next_update": self.next_update,
             "algorithm": self.algorithm.state(),
-            "finish_reasons": [r.finish_reason for r in self.rollouts],
         }
         return pack_rollouts(self.rollouts), state
 
@@ -216,47 +223,4 @@ class RolloutSource:
         self.ledger.load_state(state["ledger"])
         self.num_rollouts, self.next_update = state["num_rollouts"], state["next_update"]
         self.algorithm.load_state(state["algorithm"])
-        self.rollouts = unpack_rollouts(tensors, state["finish_reasons"])
-
-
-def pack_rollouts(rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
-    """Flatten rollouts into a few tensors."""
-    if not rollouts:
-        return {}
-    tensors = {
-        "prompt_ids": torch.tensor([t for r in rollouts for t in r.prompt_ids]),
-        "prompt_lengths": torch.tensor([len(r.prompt_ids) for r in rollouts]),
-        "response_ids": torch.tensor([t for r in rollouts for t in r.response_ids]),
-        "response_lengths": torch.tensor([len(r.response_ids) for r in rollouts]),
-        "prompt_index": torch.tensor([r.prompt_index for r in rollouts]),
-        "sample_index": torch.tensor([r.sample_index for r in rollouts]),
-        "reward": torch.tensor([r.reward for r in rollouts], dtype=torch.float64),
-    }
-    for name in TOKEN_FIELDS:
-        parts = [getattr(r, name) for r in rollouts]
-        if parts[0] is not None:
-            tensors[name] = torch.cat(parts)
-    return tensors
-
-
-def unpack_rollouts(tensors: Mapping[str, Tensor], finish_reasons: Sequence[str]) -> list[Rollout]:
-    """Undo `pack_rollouts`."""
-    if not tensors:
-        return []
-    lengths = tensors["response_lengths"].tolist()
-    prompts = tensors["prompt_ids"].split(tensors["prompt_lengths"].tolist())
-    responses = tensors["response_ids"].split(lengths)
-    token_fields = {n: tensors[n].split(lengths) for n in TOKEN_FIELDS if n in tensors}
-    rollouts = []
-    for i, reason in enumerate(finish_reasons):
-        bare = Rollout(
-            prompt_ids=prompts[i].tolist(),
-            response_ids=responses[i].tolist(),
-            rollout_logprobs=token_fields["rollout_logprobs"][i].clone(),
-            finish_reason=reason,
-            prompt_index=int(tensors["prompt_index"][i]),
-            sample_index=int(tensors["sample_index"][i]),
-            reward=tensors["reward"][i].item(),
-        )
-        rollouts.append(replace(bare, **{n: v[i].clone() for n, v in token_fields.items()}))
-    return rollouts
+        self.rollouts = unpack_rollouts(tensors)

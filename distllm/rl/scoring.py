@@ -47,13 +47,15 @@ def token_values(model: Model, batch: Batch) -> Tensor:
 def _over_batches(
     run: Any, engine: Engine, rollouts: Sequence[Rollout], join: Join, pad_id: int, batch_size: int
 ) -> list[Tensor]:
-    results: list[Tensor] = []
-    for start in range(0, len(rollouts), batch_size):
-        part = rollouts[start : start + batch_size]
+    """Every rank holds all rollouts, computes its share of them, and ends with all results."""
+    results: dict[int, Tensor] = {}
+    for numbers, counts in engine.share(len(rollouts), batch_size):
+        part = [rollouts[i] for i in numbers]
         batch = collate_rollouts(part, join, pad_id).to(engine.device)
         values = engine.infer(run, batch)
-        results += per_response(part, batch, values.to(wide(values.dtype)))
-    return results
+        found = per_response(part, batch, values.to(wide(values.dtype)))
+        results |= zip(numbers, found, strict=True) if counts else {}
+    return engine.gather(results, len(rollouts))
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:

@@ -1,8 +1,10 @@
 """Checkpoints on disk: written aside and renamed, verified before anything is read, a few kept.
 
 One folder a step: `<stem>.safetensors` (tensors by name), `state.json` (everything else), and
-`manifest.json`, written last, with the size and SHA-256 of the others and of itself. No pickle is
-written or read. What goes into a checkpoint is decided in `state.py`; `manifest.py` verifies.
+`manifest.json`, written last, with the size and SHA-256 of the others and of itself. Several ranks
+divide the tensors of a stem, each whole and in one of the files `<stem>-RANK-of-SIZE.safetensors`, so
+that any number of ranks can read them. No pickle is written or read. What goes into a checkpoint is
+decided in `state.py`; `manifest.py` verifies; the tensor format is in `tensor_files.py`.
 
 Names beginning with a dot are not checkpoints: `.step_N.tmp` is being written, `.step_N.old` is being
 replaced, `.step_N.trash` is being deleted.
@@ -12,13 +14,14 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from torch import Tensor
 
+from distllm.engines import collectives
 from distllm.errors import CheckpointError, ConfigError
 from distllm.train.files import (
     fault_point,
@@ -38,9 +41,12 @@ from distllm.train.manifest import (
     sealed,
     verify,
 )
+from distllm.train.tensor_files import Named, StoredTensors, share, write_tensors
 
 _STEP_DIR = re.compile(r"step_(\d{8,})")
 _DEBRIS = re.compile(r"\.(step_\d{8,})\.(tmp|old|trash)")
+
+_TENSOR_FILE = re.compile(r"(?P<stem>.+?)(-\d{5,}-of-\d{5,})?\.safetensors")
 
 _log = logging.getLogger("distllm")
 
@@ -53,27 +59,31 @@ class Loaded:
         self.manifest = manifest
         self.step: int = manifest["step"]
         self.state: dict[str, Any] = json.loads((path / "state.json").read_bytes())
+        self._files: dict[str, list[Path]] = {}
+        for name in sorted(manifest["files"]):
+            found = _TENSOR_FILE.fullmatch(name)
+            if found is not None:
+                self._files.setdefault(found["stem"], []).append(path / name)
 
     @property
     def stems(self) -> list[str]:
         """Names under which tensors were saved, sorted."""
-        suffix = ".safetensors"
-        return sorted(f.removesuffix(suffix) for f in self.manifest["files"] if f.endswith(suffix))
+        return sorted(self._files)
 
-    def tensors(self, stem: str) -> dict[str, Tensor]:
-        """Read the tensors saved under `stem`, on the CPU.
+    def tensors(self, stem: str) -> Mapping[str, Tensor]:
+        """Open the tensors saved under `stem`; each is read, to the CPU, when it is looked up.
 
         Raises:
             CheckpointError: the checkpoint has no such stem.
         """
-        if stem not in self.stems:
+        if stem not in self._files:
             has = ", ".join(self.stems) or "none"
             raise CheckpointError(f"{self.path} holds no tensors named {stem}; it has {has}.")
-        return safetensors.torch.load_file(self.path / f"{stem}.safetensors")
+        return StoredTensors(self._files[stem])
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `folder`. Only the process that holds the run's lock writes."""
+    """The checkpoints of one run, in `folder`, which all ranks see. All ranks call each method; rank 0 has the lock."""
 
     def __init__(self, folder: Path | str, keep_last: int = 2) -> None:
         if keep_last < 1:
@@ -86,20 +96,20 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        tensors: Mapping[str, Mapping[str, Tensor]],
+        tensors: Mapping[str, Named],
         state: Mapping[str, Any],
         world: Mapping[str, Any] | None = None,
     ) -> Path:
         """Write a checkpoint, then delete those beyond `keep_last` and those of later steps.
 
         Later steps can only be damaged ones that `latest` passed over. Saving what is there already
-        changes nothing. While a stem is written, its bytes are held in memory once more.
+        changes nothing. A rank holds no more than the tensors that fall to it while it writes.
 
         Args:
             step: Steps done so far.
-            tensors: File stem -> tensors by name.
+            tensors: File stem -> tensors by name; equal names in equal order on all ranks.
             state: JSON: string keys, no tuples. Its `data_position`, if any, is shown in the manifest.
-            world: How the tensors are laid out over processes; one process holds all by default.
+            world: How the run was laid out over processes, for the manifest.
 
         Raises:
             CheckpointError: the disk is full or refuses; earlier checkpoints are untouched.
@@ -107,36 +117,56 @@ class Checkpoints:
         path = self.folder / f"step_{step:08d}"
         aside = self.folder / f".{path.name}.tmp"
         state_text = encode(checked_json(state, "state"))
-        needed_bytes = _estimate_bytes(tensors, state_text)
+        rank, size = collectives.rank(), collectives.world_size()
+        shares = {_file_name(s, rank, size): share(n, rank, size) for s, n in tensors.items()}
+        needed_bytes = sum(collectives.gather_json(_estimate_bytes(shares, state_text)))
         try:
-            make_dirs(self.folder)
-            remove(aside)
-            free = free_bytes(self.folder)
-            if needed_bytes > free:
-                raise CheckpointError(_no_space(path, needed_bytes, free))
-            fault_point("checkpoint:before_write")
-            aside.mkdir()
+            with _explained(path, needed_bytes):
+                collectives.on_main(lambda: self._begin(path, aside, needed_bytes))
+                written = collectives.together(lambda: _write_files(aside, shares))
+            files = {k: v for part in collectives.gather_json(written) for k, v in part.items()}
             manifest = {
                 "format": FORMAT,
                 "step": step,
-                "world": dict(world or {"world_size": 1}),
+                "world": dict(world or {"world_size": size}),
                 "data_position": state.get("data_position"),
-                "files": _write_files(aside, tensors, state_text),
             }
-            fault_point("checkpoint:before_manifest")
-            write_file(aside / "manifest.json", sealed(manifest))
-            sync_dir(aside)
-            fault_point("checkpoint:before_rename")
-            self._put_in_place(aside, path)
-            fault_point("checkpoint:after_rename")
-        except OSError as error:
-            _remove_quietly(aside)
-            raise CheckpointError(_write_failed(path, needed_bytes, error)) from error
+            with _explained(path, needed_bytes):
+                collectives.on_main(lambda: self._finish(path, aside, manifest, files, state_text))
         except BaseException:
-            _remove_quietly(aside)
+            if rank == 0:
+                _remove_quietly(aside)
             raise
-        self._retire(step)
         return path
+
+    def _begin(self, path: Path, aside: Path, needed_bytes: int) -> None:
+        make_dirs(self.folder)
+        remove(aside)
+        free = free_bytes(self.folder)
+        if needed_bytes > free:
+            raise CheckpointError(_no_space(path, needed_bytes, free))
+        fault_point("checkpoint:before_write")
+        aside.mkdir()
+
+    def _finish(
+        self,
+        path: Path,
+        aside: Path,
+        manifest: dict[str, Any],
+        files: dict[str, Any],
+        state_text: bytes,
+    ) -> None:
+        files["state.json"] = {
+            "bytes": len(state_text),
+            "sha256": write_file(aside / "state.json", state_text),
+        }
+        fault_point("checkpoint:before_manifest")
+        write_file(aside / "manifest.json", sealed(manifest | {"files": files}))
+        sync_dir(aside)
+        fault_point("checkpoint:before_rename")
+        self._put_in_place(aside, path)
+        fault_point("checkpoint:after_rename")
+        self._retire(manifest["step"])
 
     def latest(self) -> Loaded | None:
         """Return the newest checkpoint whose every byte is as it was written; None if none was ever made.
@@ -146,17 +176,23 @@ class Checkpoints:
         Raises:
             CheckpointError: there are checkpoints but all are damaged, or the newest needs newer code.
         """
+        found = collectives.from_main(self._newest)
+        if found is None:
+            return None
+        return Loaded(self.folder / found["name"], found["manifest"])
+
+    def _newest(self) -> dict[str, Any] | None:
         problems = []
         for path in reversed(self._paths()):
             try:
-                found = Loaded(path, verify(path))
+                manifest = verify(path)
             except Damaged as damage:
                 problems.append(str(damage))
                 _log.warning("Damaged checkpoint passed over: %s", damage)
                 continue
             if problems:
-                _log.warning("Going on from the earlier checkpoint %s.", found.path)
-            return found
+                _log.warning("Going on from the earlier checkpoint %s.", path)
+            return {"name": path.name, "manifest": manifest}
         if problems:
             tried = "\n".join(f"  {problem}" for problem in problems)
             raise CheckpointError(
@@ -167,6 +203,9 @@ class Checkpoints:
 
     def clean(self) -> None:
         """Remove what a killed process left half done. Call under the run's lock, before `latest`."""
+        collectives.on_main(self._clean)
+
+    def _clean(self) -> None:
         if not self.folder.is_dir():
             return
         for path in sorted(self.folder.iterdir()):
@@ -219,41 +258,36 @@ class Checkpoints:
             _log.warning("Could not delete an old checkpoint in %s: %s", self.folder, error)
 
 
-def _write_files(
-    aside: Path, tensors: Mapping[str, Mapping[str, Tensor]], state_text: bytes
-) -> dict[str, dict[str, Any]]:
-    files = {}
-    for stem, group in tensors.items():
-        if not SAFE_NAME.fullmatch(stem):
-            raise ValueError(f"{stem!r} is not usable as the stem of a file name")
-        data = safetensors.torch.save(_owned(group))
-        files[f"{stem}.safetensors"] = _write_one(aside / f"{stem}.safetensors", data)
-    files["state.json"] = _write_one(aside / "state.json", state_text)
-    return files
+def _file_name(stem: str, rank: int, size: int) -> str:
+    if (
+        not SAFE_NAME.fullmatch(stem)
+        or _TENSOR_FILE.fullmatch(f"{stem}.safetensors")["stem"] != stem
+    ):
+        raise ValueError(f"{stem!r} is not usable as the stem of a file name")
+    return f"{stem}.safetensors" if size == 1 else f"{stem}-{rank:05d}-of-{size:05d}.safetensors"
 
 
-def _write_one(path: Path, data: bytes) -> dict[str, Any]:
-    return {"bytes": len(data), "sha256": write_file(path, data, midway="checkpoint:mid_write")}
+def _write_files(aside: Path, shares: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+    return {
+        name: write_tensors(aside / name, part, midway="checkpoint:mid_write")
+        for name, part in shares.items()
+    }
 
 
-def _owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors that are strided or share memory: safetensors refuses both."""
-    owned: dict[str, Tensor] = {}
-    seen = set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        memory = tensor.untyped_storage().data_ptr()
-        owned[name] = tensor.clone() if memory in seen else tensor
-        seen.add(memory)
-    return owned
-
-
-def _estimate_bytes(tensors: Mapping[str, Mapping[str, Tensor]], state_text: bytes) -> int:
+def _estimate_bytes(shares: Mapping[str, Mapping[str, Tensor]], state_text: bytes) -> int:
     """Bound what a checkpoint takes on disk from above, headers and half-filled blocks included."""
     total = len(state_text) + 16384
-    for group in tensors.values():
-        total += 8192 + sum(t.nbytes + len(name) + 128 for name, t in group.items())
+    for part in shares.values():
+        total += 8192 + sum(t.nbytes + len(name) + 128 for name, t in part.items())
     return total
+
+
+@contextmanager
+def _explained(path: Path, needed_bytes: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(_write_failed(path, needed_bytes, error)) from error
 
 
 def _no_space(path: Path, needed_bytes: int, free: int) -> str:

@@ -14,6 +14,7 @@ from distllm.data.skills import exact_match
 from distllm.engines.base import Engine
 from distllm.generation.generate import generate
 from distllm.generation.options import GenerationOptions
+from distllm.generation.rollouts import spread
 from distllm.objectives.reward import Reward, score
 from distllm.train.intervals import expected_calibration_error, wilson
 from distllm.types import Batch, LossOutput, Model, Objective, Rollout, sum_by_key
@@ -23,27 +24,25 @@ def evaluate_loss(
     engine: Engine, objective: Objective, examples: Sequence[Any], batch_size: int
 ) -> dict[str, float]:
     """Return `eval/loss` = sum_k coef_k * loss_k / weight_k over all examples, and the objective's metrics."""
-    parts, weights = [], []
-    for start in range(0, len(examples), batch_size):
-        batch = objective.collate(_slice(examples, start, start + batch_size)).to(engine.device)
-        parts.append(engine.infer(_loss, objective, batch))
-        weights.append(objective.weights(batch))
-    losses = sum_by_key(p.losses for p in parts)
-    totals = sum_by_key(weights)
-    result = {
-        "eval/loss": sum(objective.coefficients[k] * (losses[k] / totals[k]).item() for k in losses)
-    }
-    sums = sum_by_key({k: v[0] for k, v in p.metrics.items()} for p in parts)
-    counts = sum_by_key({k: v[1] for k, v in p.metrics.items()} for p in parts)
-    return result | {f"eval/{k}": (sums[k] / counts[k]).item() for k in sums}
+    parts = []
+    for chosen, counts in engine.share(len(examples), batch_size):
+        batch = objective.collate([examples[i] for i in chosen]).to(engine.device)
+        out = engine.infer(_loss, objective, batch)
+        flat = {f"{k}/loss": v for k, v in out.losses.items()}
+        flat |= {f"{k}/total": v for k, v in objective.weights(batch).items()}
+        flat |= {f"{k}/sum": v[0] for k, v in out.metrics.items()}
+        flat |= {f"{k}/weight": v[1] for k, v in out.metrics.items()}
+        parts.append({k: v.double() * counts for k, v in flat.items()})
+    sums = {k: v.item() for k, v in engine.all_sum(sum_by_key(parts)).items()}
+    means = {k: v / sums[f"{k[:-4]}/weight"] for k, v in sums.items() if k.endswith("/sum")}
+    loss = sum(
+        c * sums[f"{k}/loss"] / sums[f"{k}/total"] for k, c in objective.coefficients.items()
+    )
+    return {"eval/loss": loss} | {f"eval/{k[:-4]}": v for k, v in means.items()}
 
 
 def _loss(model: Model, objective: Objective, batch: Batch) -> LossOutput:
     return objective.loss(model, batch)
-
-
-def _slice(examples: Sequence[Any], start: int, stop: int) -> list[Any]:
-    return [examples[i] for i in range(start, min(stop, len(examples)))]
 
 
 @dataclass(slots=True)
@@ -75,20 +74,25 @@ def answer(
     batch_size: int = 128,
 ) -> Answers:
     """Answer each prompt once with the engine's model."""
-    rollouts: list[Rollout] = []
     chosen = list(prompts)
     with engine.sampling() as model:
-        for start in range(0, len(chosen), batch_size):
-            part = chosen[start : start + batch_size]
-            rollouts += generate(
-                model,
-                [p.prompt_ids for p in part],
-                options,
-                end_ids=end_ids,
-                pad_id=pad_id,
-                seed=seed,
-                prompt_indices=[p.sample_id for p in part],
-            )
+
+        def sample(numbers: list[int]) -> list[Rollout]:
+            rollouts: list[Rollout] = []
+            for start in range(0, len(numbers), batch_size):
+                part = [chosen[i] for i in numbers[start : start + batch_size]]
+                rollouts += generate(
+                    model,  # type: ignore[arg-type]
+                    [p.prompt_ids for p in part],
+                    options,
+                    end_ids=end_ids,
+                    pad_id=pad_id,
+                    seed=seed,
+                    prompt_indices=[p.sample_id for p in part],
+                )
+            return rollouts
+
+        rollouts = spread(len(chosen), sample)
     return Answers(chosen, rollouts, [decode(r.response_ids) for r in rollouts])
 
 
@@ -115,12 +119,13 @@ def pair_scores(
     engine: Engine, objective: Reward, pairs: Sequence[PairExample], batch_size: int
 ) -> tuple[Tensor, Tensor]:
     """Return the scores of the chosen and of the rejected answers, each [pairs] float64."""
-    halves = []
-    for start in range(0, len(pairs), batch_size):
-        batch = objective.collate(_slice(pairs, start, start + batch_size)).to(engine.device)
-        halves.append(engine.infer(score, batch).double().cpu().chunk(2))
-    chosen, rejected = zip(*halves, strict=True)
-    return torch.cat(chosen), torch.cat(rejected)
+    scores: dict[int, Tensor] = {}
+    for numbers, counts in engine.share(len(pairs), batch_size):
+        batch = objective.collate([pairs[i] for i in numbers]).to(engine.device)
+        both = engine.infer(score, batch).double().cpu().view(2, -1).unbind(dim=1)
+        scores |= zip(numbers, both, strict=True) if counts else {}
+    chosen, rejected = torch.stack(engine.gather(scores, len(pairs))).unbind(dim=1)
+    return chosen, rejected
 
 
 def preference_metrics(margins: Tensor, pairs: Sequence[PairExample]) -> dict[str, float]:

@@ -21,10 +21,11 @@ _hits: dict[str, int] = {}
 def fault_point(name: str) -> None:
     """Kill this process with SIGKILL if DISTLLM_TEST_FAULT asks for it here; otherwise do nothing.
 
-    The variable holds `NAME`, or `NAME@N` for the N-th time that the point is passed.
+    The variable holds `NAME`, or `NAME@N` for the N-th time that the point is passed; DISTLLM_TEST_FAULT_RANK says
+    on which rank (0 by default).
     """
     wanted = os.environ.get("DISTLLM_TEST_FAULT")
-    if not wanted:
+    if not wanted or os.environ.get("RANK", "0") != os.environ.get("DISTLLM_TEST_FAULT_RANK", "0"):
         return
     point, _, nth = wanted.partition("@")
     if point != name:
@@ -34,24 +35,27 @@ def fault_point(name: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def write_file(path: Path, data: bytes | memoryview, midway: str = "") -> str:
-    """Create `path` with `data`, fsync it, and return the SHA-256 of the bytes in hex.
+def write_file(path: Path, *parts: bytes | memoryview, midway: str = "") -> str:
+    """Create `path` with `parts` one after the other, fsync it, and return the SHA-256 of the bytes in hex.
 
     `midway` names a fault point passed when about half of the bytes are written.
     """
-    view = memoryview(data)
-    chunk_bytes = max(1, min(CHUNK_BYTES, (len(view) + 1) // 2))
     digest = hashlib.sha256()
-    middle = len(view) // 2
+    total = sum(len(part) for part in parts)
+    middle, written = total // 2, 0
+    chunk_bytes = max(1, min(CHUNK_BYTES, (total + 1) // 2))
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
-        for start in range(0, len(view), chunk_bytes):
-            chunk = view[start : start + chunk_bytes]
-            digest.update(chunk)
-            while chunk:
-                chunk = chunk[os.write(fd, chunk) :]
-            if midway and start < middle <= start + chunk_bytes:
-                fault_point(midway)
+        for part in parts:
+            view = memoryview(part)
+            for start in range(0, len(view), chunk_bytes):
+                chunk = view[start : start + chunk_bytes]
+                digest.update(chunk)
+                before, written = written, written + len(chunk)
+                while chunk:
+                    chunk = chunk[os.write(fd, chunk) :]
+                if midway and before < middle <= written:
+                    fault_point(midway)
         os.fsync(fd)
     finally:
         os.close(fd)

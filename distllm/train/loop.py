@@ -17,8 +17,9 @@ from distllm.errors import EngineError
 from distllm.optim.constant import Constant
 from distllm.train.ledger import Ledger
 from distllm.train.meters import Meters
+from distllm.train.micro_batches import sample_ids
 from distllm.train.options import TrainOptions
-from distllm.train.step import StepResult, optimizer_step, sample_ids
+from distllm.train.step import StepResult, optimizer_step
 from distllm.types import Batch, Objective
 
 
@@ -66,6 +67,7 @@ class Loop:
     """Look at held-out data; the argument is the number of finished steps."""
     save: Callable[[Loop], None]
     stop_requested: Callable[[], bool]
+    """Whether to stop before the next step; every rank gets the same answer."""
     progress: Callable[[int, dict[str, float]], None]
     """Move the progress line."""
     step: int = 0
@@ -79,7 +81,7 @@ class Loop:
         while self.step < options.max_steps and not self.stop_requested():
             started = time.monotonic()
 
-            work, metrics = self.source.next(self.step)
+            (work, metrics), tokens = self.source.next(self.step), 0
             for part in work:
                 result = optimizer_step(
                     part.engine,
@@ -89,9 +91,10 @@ class Loop:
                 )
                 self._guard(part, result)
                 metrics |= self._named(part, result)
+                tokens = tokens or result.num_tokens
             self.step += 1
 
-            self.meters.add(metrics, work, time.monotonic() - started)
+            self.meters.add(metrics, tokens, time.monotonic() - started)
             self.progress(self.step, metrics)
             if self.step % options.log_every_steps == 0 or self.step == options.max_steps:
                 self.log(self.step, {"stage": self.stage, **self.meters.flush()})

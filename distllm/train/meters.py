@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import resource
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,12 +17,11 @@ class Meters:
         self.flops_per_token, self.peak_flops_per_s = flops_per_token, peak_flops_per_s
         self._clear()
 
-    def add(self, metrics: dict[str, float], work: Sequence[Any], seconds: float) -> None:
-        """Take in one step. Tokens are those of the first engine's micro-batches that are not padding."""
+    def add(self, metrics: dict[str, float], tokens: int, seconds: float) -> None:
+        """Take in one step. Tokens are those that the first engine learned from, over all ranks."""
         for key, value in metrics.items():
             self._sums.setdefault(key, []).append(value)
-        if work:
-            self._tokens += sum(num_tokens(b) for b in work[0].micro_batches)
+        self._tokens += tokens
         self._seconds += seconds
         self._steps += 1
 
@@ -51,14 +49,6 @@ class Meters:
     def _clear(self) -> None:
         self._sums: dict[str, list[float]] = {}
         self._tokens, self._seconds, self._steps = 0, 0.0, 0
-
-
-def num_tokens(batch: Any) -> int:
-    """Count the tokens of a batch that are not padding."""
-    for mask in (batch.attention_mask, batch.segment_ids):
-        if mask is not None:
-            return int((mask != 0).sum())
-    return batch.input_ids.numel()
 
 
 def peak_memory_gib() -> float:

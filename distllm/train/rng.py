@@ -12,8 +12,9 @@ from distllm.errors import CheckpointError
 _log = logging.getLogger("distllm")
 
 
-def seed_all(seed: int) -> None:
-    """Seed every global generator that `rng_state` saves."""
+def seed_all(seed: int, rank: int = 0) -> None:
+    """Seed every global generator that `rng_state` saves; ranks draw different noise, rank 0 that of a single process."""
+    seed = seed if rank == 0 else int(np.random.SeedSequence([seed, rank]).generate_state(1)[0])
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)

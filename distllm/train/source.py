@@ -9,6 +9,7 @@ from torch import Tensor
 
 from distllm.data.sampler import Sampler
 from distllm.engines.base import Engine
+from distllm.engines.collectives import together
 from distllm.optim.constant import Constant
 from distllm.train.ledger import Ledger
 from distllm.train.loop import Work
@@ -40,10 +41,12 @@ class SampleSource:
         ranks = self.engine.ranks
         mine = ids[ranks.dp_rank :: ranks.dp_size]
         size = self.options.micro_batch_size
-        batches = [
-            self.objective.collate([self.dataset[i] for i in mine[start : start + size]])
-            for start in range(0, len(mine), size)
-        ]
+        batches = together(
+            lambda: [
+                self.objective.collate([self.dataset[i] for i in mine[start : start + size]])
+                for start in range(0, len(mine), size)
+            ]
+        )
         work = Work(self.engine, self.objective, batches, self.schedule, self.lr)
         return [work], {"data/epoch": self.ledger.position / self.sampler.num_samples}
 

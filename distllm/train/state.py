@@ -1,7 +1,8 @@
 """Everything that resumes: engines, position in the data, random generators, meters, offsets of the logs.
 
-A checkpoint holds one safetensors file per trained engine, one for the source's tensors, one for the generators, and
-JSON for the rest. Ten steps equal five, a stop, a resume and five more, bit for bit.
+A checkpoint holds the tensors of each trained engine, of the source and of each rank's generators, and JSON for the rest.
+Ten steps equal five, a stop, a resume and five more, bit for bit. Engine and number of ranks may change in between: then
+only the generators start anew (dropout draws other noise).
 """
 
 from __future__ import annotations
@@ -10,15 +11,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from distllm.engines import collectives
 from distllm.engines.base import Engine
+from distllm.engines.processes import phase
+from distllm.generation.noise import derive_seed
 from distllm.train.checkpoint import Checkpoints
 from distllm.train.loop import Loop
-from distllm.train.rng import rng_state, set_rng_state
+from distllm.train.rng import rng_state, seed_all, set_rng_state
+from distllm.train.tensor_files import Named
 
 
 @dataclass(slots=True)
 class RunState:
-    """Turns a loop into a checkpoint and back."""
+    """Turns a loop into a checkpoint and back. All ranks call both methods."""
 
     checkpoints: Checkpoints
     engines: Mapping[str, Engine]
@@ -26,12 +31,15 @@ class RunState:
     tracker_state: Callable[[], dict[str, Any]]
     notes: dict[str, Any]
     """JSON that the stage keeps, such as the metrics before training."""
+    seed: int = 0
+    """Of the run; seeds the generators where no saved state fits."""
 
     def save(self, loop: Loop) -> None:
         """Write a checkpoint of the loop as it stands between two steps."""
         source_tensors, source_state = loop.source.state()
-        tensors = {role: engine.state() for role, engine in self.engines.items()}
-        tensors["rng"] = rng_state()
+        tensors: dict[str, Named] = {role: engine.state() for role, engine in self.engines.items()}
+        generators = enumerate(collectives.gather_tensors(rng_state()))
+        tensors["rng"] = {f"rank_{r}/{k}": v for r, part in generators for k, v in part.items()}
         if source_tensors:
             tensors["source"] = source_tensors
         state = {
@@ -43,15 +51,17 @@ class RunState:
             "tracker": self.tracker_state(),
             "notes": self.notes,
         }
-        self.checkpoints.save(loop.step, tensors, state)
+        with phase("save"):
+            self.checkpoints.save(loop.step, tensors, state, self._world())
 
     def restore(self, loop: Loop) -> dict[str, Any] | None:
         """Load the newest good checkpoint into the loop; return the tracker's state, or None without a checkpoint."""
-        found = self.checkpoints.latest()
-        if found is None:
-            return None
-        for role, engine in self.engines.items():
-            engine.load_state(found.tensors(role))
+        with phase("load"):
+            found = self.checkpoints.latest()
+            if found is None:
+                return None
+            for role, engine in self.engines.items():
+                engine.load_state(found.tensors(role))
         state = found.state
         source_tensors = found.tensors("source") if "source" in found.stems else {}
         loop.source.load_state(source_tensors, state["source"])
@@ -59,5 +69,17 @@ class RunState:
         loop.meters.load_state(state["meters"])
         self.notes.clear()
         self.notes.update(state["notes"])
-        set_rng_state(found.tensors("rng"))
+        saved_world = {k: found.manifest["world"].get(k) for k in self._world()}
+        if saved_world == self._world():
+            prefix = f"rank_{collectives.rank()}/"
+            generators = found.tensors("rng")
+            set_rng_state(
+                {k[len(prefix) :]: generators[k] for k in generators if k.startswith(prefix)}
+            )
+        else:
+            seed_all(derive_seed(self.seed, loop.step), collectives.rank())
         return state["tracker"]
+
+    def _world(self) -> dict[str, Any]:
+        ranks = next(iter(self.engines.values())).ranks
+        return {"world_size": ranks.world_size, "dp_size": ranks.dp_size, "tp_size": ranks.tp_size}

@@ -15,6 +15,7 @@ import torch
 
 from distllm.engines.base import Engine
 from distllm.errors import DataError
+from distllm.train.micro_batches import num_tokens, sample_ids
 from distllm.types import Batch, Objective, sum_by_key
 
 
@@ -30,6 +31,8 @@ class StepResult:
     """True when loss or gradient was not finite and the weights were left alone."""
     metrics: dict[str, float] = field(default_factory=dict)
     """`loss_<term>` per term, and the objective's own metrics."""
+    num_tokens: int = 0
+    """Tokens that are not padding."""
 
 
 def optimizer_step(
@@ -52,6 +55,7 @@ def optimizer_step(
     flat = {f"loss_{k}": v for k, v in local.losses.items()}
     flat |= {f"{k}/sum": v[0] for k, v in local.metrics.items()}
     flat |= {f"{k}/weight": v[1] for k, v in local.metrics.items()}
+    flat["tokens"] = torch.tensor(float(sum(map(num_tokens, micro_batches))))
     sums = {k: v.item() for k, v in engine.all_sum(flat).items()}
 
     metrics = {f"loss_{k}": sums[f"loss_{k}"] / totals[k].item() for k in local.losses}
@@ -59,14 +63,10 @@ def optimizer_step(
     for k in local.metrics:
         metrics[k] = sums[f"{k}/sum"] / max(sums[f"{k}/weight"], 1e-12)
 
-    if not math.isfinite(loss):
+    norm = None
+    if math.isfinite(loss):
+        norm = engine.update(lr)
+    else:
         engine.discard()
-        return StepResult(loss, math.nan, True, metrics)
-    norm = engine.update(lr)
-    return StepResult(loss, math.nan if norm is None else norm, norm is None, metrics)
-
-
-def sample_ids(micro_batches: Sequence[Batch]) -> list[int]:
-    """List the data-set samples in `micro_batches`."""
-    known = [b.sample_ids for b in micro_batches if b.sample_ids is not None]
-    return torch.cat(known).tolist() if known else []
+    tokens = int(sums["tokens"])
+    return StepResult(loss, math.nan if norm is None else norm, norm is None, metrics, tokens)

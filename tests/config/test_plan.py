@@ -105,7 +105,7 @@ def test_state_bytes_equal_those_of_a_real_engine():
     engine.forward_backward(objective, [batch], objective.weights(batch))
     gradients = sum(p.grad.nbytes for p in engine.model.parameters())
     engine.update(1e-3)
-    state = engine.state()
+    state = dict(engine.state())
     memory = make_plan(config).memory
     assert memory["weights, model"] == sum(v.nbytes for k, v in state.items() if k[:7] == "weight/")
     assert memory["gradients"] == gradients

@@ -92,11 +92,8 @@ def check_trap_21_model_scores(module, head):
 def test_trap_21_model_scores(head):
     check_trap_21_model_scores(reward_module, head)
     for old, new in [
-        ("scores[i] = verdict if", "scores[chosen[0]] = verdict if"),
-        (
-            "for i, verdict in zip(chosen,",
-            "for i, verdict in zip(range(start, start + len(chosen)),",
-        ),
+        ("zip(chosen, verdicts, strict=True)", "zip(chosen[::-1], verdicts, strict=True)"),
+        ("zip(chosen, verdicts, strict=True)", "zip(places, verdicts, strict=True)"),
         ("self.engine.infer(score, batch)", "self.engine.infer(score, without_mask(batch))"),
     ]:
         if "without_mask" in new and head == "likelihood":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from torch import Tensor
+
 from distllm.engines.base import Engine
 from distllm.objectives.reward import score
 from distllm.registry import register
@@ -33,22 +35,22 @@ class RewardModel:
     ) -> list[float]:
         """Return one score per rollout; NaN where the model's own output is not finite.
 
-        Every process scores its own rollouts; under a sharded engine all must call equally often.
+        Every rank passes all rollouts, scores its share of them, and ends with all scores.
         """
         # Similar lengths go together, so that little of a batch is padding.
         order = sorted(
             range(len(rollouts)),
             key=lambda i: len(rollouts[i].prompt_ids) + len(rollouts[i].response_ids),
         )
-        scores = [math.nan] * len(rollouts)
-        for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
+        scores: dict[int, Tensor] = {}
+        for places, counts in self.engine.share(len(order), self.batch_size):
+            chosen = [order[place] for place in places]
             batch = self.join(
                 [rollouts[i].prompt_ids for i in chosen],
                 [rollouts[i].response_ids for i in chosen],
                 self.pad_id,
             ).to(self.engine.device)
-            verdicts = self.engine.infer(score, batch).double().tolist()
-            for i, verdict in zip(chosen, verdicts, strict=True):
-                scores[i] = verdict if math.isfinite(verdict) else math.nan
-        return scores
+            verdicts = self.engine.infer(score, batch).double()
+            scores |= zip(chosen, verdicts, strict=True) if counts else {}
+        verdicts = [v.item() for v in self.engine.gather(scores, len(rollouts))]
+        return [v if math.isfinite(v) else math.nan for v in verdicts]

@@ -1,0 +1,73 @@
+"""What the tests of several processes run on each rank; `distllm.testing.gloo` starts them."""
+
+import torch
+from test_step import NAMES, case, gradients, largest_difference
+
+from distllm import registry
+from distllm.engines import collectives, processes
+from distllm.engines.base import build_engine
+from distllm.engines.options import HardwareOptions
+from distllm.errors import DataError, OtherRankError
+from distllm.optim.options import AdamWOptions
+from distllm.types import sum_by_key
+
+CPU = HardwareOptions(device="cpu", threads=1)
+
+
+def options_of(engine, **changes):
+    return registry.get("engine", engine).Options(name=engine, timeout_s=60, **changes)
+
+
+def law_of_the_step(options):
+    """Compare gradients with a single process's, in fp64, the ranks holding uneven parts; and with a mean of means."""
+    found = {}
+    for name in NAMES:
+        model, objective, examples = case(name)
+        whole = gradients(model, objective, examples, [8])
+        model, objective, _ = case(name)
+        engine = build_engine(
+            "model", model, options=options, hardware=CPU, precision="fp32", optim=AdamWOptions()
+        )
+        mine = examples[:5] if engine.ranks.dp_rank == 0 else examples[5:]
+        split = [mine[:2], mine[2:]]
+        batches = [objective.collate(part) for part in split]
+        totals = engine.all_sum(sum_by_key(objective.weights(b) for b in batches))
+        for label, weights in (("right", totals), ("own weights", None)):
+            own = sum_by_key(objective.weights(b) for b in batches)
+            weights = weights or {k: v * engine.ranks.dp_size for k, v in own.items()}
+            engine.forward_backward(objective, batches, weights)
+            grads = {n: p.grad.clone() for n, p in engine.model.named_parameters()}
+            engine.discard()
+            found[f"{name} {label}"] = largest_difference(whole, grads)
+    return found
+
+
+def messages():
+    """Exercise everything in `collectives` where ranks differ."""
+    rank = collectives.rank()
+    parts = collectives.gather_tensors(
+        {f"t{rank}": torch.arange(rank + 3), "n": torch.tensor(rank)}
+    )
+    found = {
+        "tensors": [{k: v.tolist() for k, v in part.items()} for part in parts],
+        "json": collectives.gather_json({"rank": rank, "text": "x" * (rank * 70)}),
+        "any": [collectives.any_true(rank == 1), collectives.any_true(False)],
+        "sum": {k: v.item() for k, v in collectives.sum_scalars({"a": torch.tensor(1.5)}).items()},
+        "main": collectives.from_main(lambda: {"from": rank}),
+    }
+
+    def fail():
+        if rank == 1:
+            raise DataError("line 7 is broken")
+
+    try:
+        collectives.together(fail)
+    except (DataError, OtherRankError) as error:
+        found["error"] = [type(error).__name__, str(error)]
+    return found
+
+
+def checks():
+    options = options_of("ddp")
+    with processes.processes(options, torch.device("cpu")):
+        return {"law": law_of_the_step(options), "messages": messages()}
