@@ -239,12 +239,19 @@ class Objective(Protocol):
         ...
 
 
+def _place() -> Any:
+    """Declare where a record was read; two records with equal content are equal all the same."""
+    return field(default="", compare=False, repr=False)
+
+
 @dataclass(slots=True, kw_only=True)
 class Document:
     """A text to pretrain on."""
 
     text: str
     name: str = ""
+    place: str = _place()
+    """Where it was read: file and line. Not part of the content."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -252,7 +259,10 @@ class Dialogue:
     """A conversation to imitate; `messages` are `{"role": ..., "content": ...}`, the last one is the assistant's."""
 
     messages: list[dict[str, str]]
+    learned: list[int] | None = None
+    """Which of the assistant's messages are learned from, by index; None means all of them."""
     task: str = ""
+    place: str = _place()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -262,9 +272,14 @@ class Pair:
     prompt: list[dict[str, str]]
     chosen: str
     rejected: str
+    margin: float = 0.0
+    """By how much the chosen answer's score should lead."""
+    confidence: float = 1.0
+    """Probability that the chosen answer is the better one: 1 for a hard label, 0.5 for a toss-up."""
     kind: str = ""
     """Where the rejected answer comes from: `corrupted`, `sampled`, or empty when unknown."""
     task: str = ""
+    place: str = _place()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -273,10 +288,51 @@ class Prompt:
 
     messages: list[dict[str, str]]
     answer: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Further columns of the row, for a reward function."""
     task: str = ""
+    place: str = _place()
 
 
-Record = Document | Dialogue | Pair | Prompt
+@dataclass(slots=True, kw_only=True)
+class Unpaired:
+    """One answer to a prompt and whether it is a good one."""
+
+    prompt: list[dict[str, str]]
+    completion: str
+    good: bool
+    task: str = ""
+    place: str = _place()
+
+
+@dataclass(slots=True, kw_only=True)
+class Labelled:
+    """One text, or two that belong together, and the class or number to predict."""
+
+    texts: list[str]
+    label: str | int | float
+    place: str = _place()
+
+
+@dataclass(slots=True, kw_only=True)
+class Tagged:
+    """The words of a sentence with a tag each."""
+
+    tokens: list[str]
+    tags: list[str]
+    place: str = _place()
+
+
+@dataclass(slots=True, kw_only=True)
+class Parallel:
+    """A text and what it is to be turned into (translation, summary, a command's actions)."""
+
+    source: str
+    target: str
+    place: str = _place()
+
+
+Record = Document | Dialogue | Pair | Prompt | Unpaired | Labelled | Tagged | Parallel
 
 
 def sum_by_key(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:

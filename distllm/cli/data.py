@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from distllm.data.source import Source
 
 HELP = """
-usage: distllm data stats data=DATA [tokenizer=DIR] [key=value ...]
+usage: distllm data inspect path=FILE [count=N] [data.columns={OURS:THEIRS,...}] [key=value ...]
+       distllm data stats data=DATA [tokenizer=DIR] [key=value ...]
        distllm data show data=DATA [count=N] [split=train|heldout] [tokenizer=DIR] [key=value ...]
 
+`inspect` says what a file (folder, pattern, hub:ORG/NAME) is taken for, and which records cannot be used.
 `stats` counts records, characters and tokens. `show` prints samples; in dialogues, the tokens that are learned
 from (assistant's answers) are green on a terminal and between [[ ]] elsewhere.
 
@@ -22,22 +24,29 @@ Examples:
   distllm data stats data=stdlib
   distllm data show data=skills count=3
   distllm data stats data=file data.path=corpus.jsonl
+  distllm data inspect path=pairs.jsonl.gz
+  distllm data inspect path=gsm8k.jsonl "data.columns={prompt:question,completion:answer}"
 """
 OWN = {
     "count": "records of each kind to show; default 2",
     "split": "train or heldout; default train",
+    "path": "inspect: what to look at",
 }
 
-_VIEWS = ("stats", "show")
+_VIEWS = ("inspect", "stats", "show")
 _GREEN, _RED, _PLAIN = "\033[32m", "\033[31m", "\033[0m"
 
 
 def run(arguments: Sequence[str]) -> int:
     """Print counts or samples."""
-    given = split("data", arguments, OWN, names="stats or show", max_names=1)
+    given = split("data", arguments, OWN, names="inspect, stats or show", max_names=1)
     view = given.names[0] if given.names else "stats"
     if view not in _VIEWS:
         raise ConfigError(unknown_name("view", view, _VIEWS))
+    if view == "inspect":
+        from distllm.cli import data_inspect
+
+        return data_inspect.run(given)
     count, side = given.integer("count", 2), given.own.get("split", "train")
 
     from distllm.config.compose import compose

@@ -103,7 +103,7 @@ _RULES: dict[Rule, str] = {
         optim.weight_decay optim.max_grad_norm schedule.warmup_steps generation.temperature generation.top_k
         stage.rollout_batch_size stage.clip_high stage.kl_coef stage.target_kl stage.entropy_coef
         stage.truncated_penalty stage.reward_clip stage.value_clip stage.value_lr stage.value_warmup_steps
-        stage.advantage_eps stage.z_loss""",
+        stage.advantage_eps stage.z_loss data.limit""",
     POSITIVE: """
         arch.rope_theta arch.rope_local_theta arch.norm_eps arch.embedding_scale arch.attention_scale
         arch.attention_softcap arch.logit_softcap arch.logit_scale arch.expert_clamp arch.expert_alpha optim.lr optim.eps""",

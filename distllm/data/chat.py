@@ -7,7 +7,7 @@ boundary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, cast
 
 from distllm.data.rendering import Message, excerpt, render, tokenise
@@ -18,13 +18,20 @@ if TYPE_CHECKING:
 
 
 def encode_dialogue(
-    tok: PreTrainedTokenizerFast, messages: Sequence[Message]
+    tok: PreTrainedTokenizerFast,
+    messages: Sequence[Message],
+    learned: Collection[int] | None = None,
 ) -> tuple[list[int], list[bool]]:
     """Encode a conversation that ends with the assistant.
 
     Contents are encoded as plain text, even where they spell out a special token. A template that
     closes the last turn with no special token gets the tokenizer's end-of-sequence token there;
     nothing else is added or removed.
+
+    Args:
+        tok: its chat template lays the conversation out.
+        messages: role and content each.
+        learned: which of the assistant's messages the mask covers, by index; None for all.
 
     Returns:
         ids and mask, equally long; the mask is True on what the assistant says (all that follows
@@ -45,6 +52,7 @@ def encode_dialogue(
     for number, span in enumerate(spans):
         if span.message is None or messages[span.message]["role"] != "assistant":
             continue
+        is_learned = learned is None or span.message in learned
         first, last = tokens.spans[number]
         if number and spans[number - 1].leads:
             first = tokens.spans[number - 1][0]
@@ -54,7 +62,7 @@ def encode_dialogue(
             last = tokens.places[ends[0]][1]
         for i, place in enumerate(tokens.places):
             # Overlap, so that a token that spans the boundary counts as the assistant's.
-            mask[i] = mask[i] or _overlap(place, (first, last))
+            mask[i] = mask[i] or (is_learned and _overlap(place, (first, last)))
         if span.message == len(messages) - 1:
             closed = bool(ends)
     if not any(mask):
@@ -68,7 +76,7 @@ def encode_dialogue(
                 "end-of-turn token to the template."
             )
         tokens.ids.append(eos_id)
-        mask.append(True)
+        mask.append(learned is None or len(messages) - 1 in learned)
     return tokens.ids, mask
 
 

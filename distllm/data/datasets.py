@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from distllm.data.chat import encode_answer, encode_dialogue, encode_prompt
+from distllm.data.mixture import Joined, Share, recount
+from distllm.data.options import DataOptions, OnBadLine, OnLong
 from distllm.data.packing import PackedDataset
 from distllm.data.source import Source
 from distllm.data.tokenizer import encode_texts
@@ -49,100 +52,203 @@ class PromptExample:
 
 def text_rows(
     source: Source, tok: PreTrainedTokenizerFast, seq_len: int, split: str
-) -> PackedDataset:
-    """Tokenise the documents of `split` and pack them into rows of `seq_len`."""
+) -> PackedDataset | Joined:
+    """Tokenise the documents of `split` and pack them into rows of `seq_len`.
+
+    The parts of a weighted mixture share no row.
+    """
     eos_id = cast("int | None", tok.eos_token_id)
     if eos_id is None:
         raise ConfigError(
             "The tokenizer has no eos_token, which must end each document. Set tokenizer=DIR to "
             "one that has."
         )
-    texts = [document.text for document in source.documents(split)]
-    if not texts:
+    documents = source.documents(split)
+    if not documents:
         raise DataError(f"data={source.options.name} holds no document in split {split}.")
     pad_id = cast("int | None", tok.pad_token_id)
-    return PackedDataset(
-        encode_texts(tok, texts),
-        seq_len,
-        eos_id=eos_id,
-        pad_id=eos_id if pad_id is None else pad_id,
-        num_bytes=sum(len(text.encode()) for text in texts),
-    )
+
+    def pack(part: Sequence[Any]) -> PackedDataset:
+        texts = [document.text for document in part]
+        return PackedDataset(
+            encode_texts(tok, texts),
+            seq_len,
+            eos_id=eos_id,
+            pad_id=eos_id if pad_id is None else pad_id,
+            num_bytes=sum(len(text.encode()) for text in texts),
+        )
+
+    shares: Sequence[Share] = getattr(documents, "shares", ())
+    if not shares:
+        return pack(documents)
+    parts, at = [], 0
+    for share in shares:
+        parts.append((pack(documents[at : at + share.size]), share.weight))
+        at += share.size
+    return Joined(parts)
 
 
-class ChatDataset:
+Example = TypeVar("Example", ChatExample, PairExample, PromptExample)
+
+
+class Encoded(Generic[Example]):
+    """Records as token ids, each checked; what cannot be used is refused, or left out on request."""
+
+    what = "record"
+
+    def __init__(
+        self,
+        records: Sequence[Any],
+        tok: PreTrainedTokenizerFast,
+        max_len: int,
+        options: DataOptions | None = None,
+    ) -> None:
+        """Encode all records.
+
+        Args:
+            records: of the kind that the class is about.
+            tok: has a chat template.
+            max_len: longest sample, in tokens.
+            options: what to do with records that cannot be encoded or are too long; None refuses.
+
+        Raises:
+            DataError: a record cannot be used; it is named by its place in the file.
+        """
+        options = options or DataOptions()
+        self._examples: list[Example] = []
+        self.records: list[Any] = []
+        """What each sample was made of."""
+        bad: list[str] = []
+        long: list[str] = []
+        counts = []
+        for index, record in enumerate(records):
+            name = record.place or f"{self.what} {index}"
+            before = len(self._examples)
+            try:
+                found = self.encode(record, tok, len(self._examples))
+            except DataError as error:
+                if options.on_bad_line == OnBadLine.ERROR:
+                    raise DataError(f"{name}: {error}") from error
+                bad.append(f"{name}: {error}")
+            else:
+                length = self.length(found)
+                if length <= max_len:
+                    self._examples.append(found)
+                elif options.on_long == OnLong.ERROR:
+                    raise DataError(
+                        f"{name} has {length} tokens, above the limit of {max_len}. Set "
+                        f"train.seq_len={length} or more (and arch.max_seq_len no smaller), "
+                        "data.on_long=skip, or remove it from the data."
+                    )
+                else:
+                    long.append(f"{name} has {length}")
+                    cut = self.cut(found, max_len) if options.on_long == OnLong.CUT else None
+                    self._examples += [cut] if cut else []
+            counts.append(len(self._examples) - before)
+            self.records += [record] * counts[-1]
+        self.shares = recount(getattr(records, "shares", ()), counts)
+        """Parts of a weighted mixture."""
+        self._report(len(records), bad, long, max_len, options)
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._examples[index]
+
+    def encode(self, record: Any, tok: PreTrainedTokenizerFast, index: int) -> Example:
+        """Encode one record as sample `index`."""
+        raise NotImplementedError
+
+    def length(self, example: Example) -> int:
+        """Return how many tokens a sample takes."""
+        raise NotImplementedError
+
+    def cut(self, example: Example, max_len: int) -> Example | None:
+        """Return what is left of a sample that is too long, or None if it is of no use."""
+        return None
+
+    def _report(
+        self,
+        num_records: int,
+        bad: list[str],
+        long: list[str],
+        max_len: int,
+        options: DataOptions,
+    ) -> None:
+        if bad:
+            warnings.warn(
+                f"{len(bad)} of {num_records} {self.what}s cannot be encoded and are left out "
+                f"(data.on_bad_line=skip); the first is {bad[0]}",
+                stacklevel=3,
+            )
+        if long:
+            left_out = num_records - len(bad) - len(self._examples)
+            warnings.warn(
+                f"{len(long)} of {num_records} {self.what}s are longer than {max_len} tokens "
+                f"(data.on_long={options.on_long}), of which {left_out} are left out; the "
+                f"first is {long[0]}.",
+                stacklevel=3,
+            )
+        if num_records and not self._examples:
+            raise DataError(
+                f"Of {num_records} {self.what}s none is left: {len(bad)} cannot be encoded, "
+                f"{len(long)} are longer than {max_len} tokens. The first is {[*bad, *long][0]}."
+            )
+
+
+class ChatDataset(Encoded[ChatExample]):
     """Dialogues to imitate, none longer than `max_len` tokens."""
 
-    def __init__(
-        self, dialogues: Sequence[Dialogue], tok: PreTrainedTokenizerFast, max_len: int
-    ) -> None:
-        self._examples: list[ChatExample] = []
-        for index, dialogue in enumerate(dialogues):
-            try:
-                ids, mask = encode_dialogue(tok, dialogue.messages)
-            except DataError as error:
-                raise DataError(f"dialogue {index}: {error}") from error
-            _check_length("dialogue", index, len(ids), max_len)
-            self._examples.append(ChatExample(ids, mask, index))
+    what = "dialogue"
 
-    def __len__(self) -> int:
-        return len(self._examples)
+    def encode(self, record: Dialogue, tok: PreTrainedTokenizerFast, index: int) -> ChatExample:
+        """Encode one dialogue."""
+        ids, mask = encode_dialogue(tok, record.messages, record.learned)
+        return ChatExample(ids, mask, index)
 
-    def __getitem__(self, index: int) -> ChatExample:
-        return self._examples[index]
+    def length(self, example: ChatExample) -> int:
+        """Count all tokens."""
+        return len(example.input_ids)
+
+    def cut(self, example: ChatExample, max_len: int) -> ChatExample | None:
+        """Keep the beginning, if something in it is learned from; no end of turn is made up."""
+        ids, mask = example.input_ids[:max_len], example.mask[:max_len]
+        return ChatExample(ids, mask, example.sample_id) if any(mask[1:]) else None
 
 
-class PairDataset:
+class PairDataset(Encoded[PairExample]):
     """Preference pairs, prompt and answer together never longer than `max_len` tokens."""
 
-    def __init__(self, pairs: Sequence[Pair], tok: PreTrainedTokenizerFast, max_len: int) -> None:
-        self._examples: list[PairExample] = []
-        for index, pair in enumerate(pairs):
-            try:
-                if pair.chosen == pair.rejected:
-                    raise DataError(f"both answers are {pair.chosen!r}; one must be better.")
-                prompt = encode_prompt(tok, pair.prompt)
-                chosen = encode_answer(tok, pair.chosen)
-                rejected = encode_answer(tok, pair.rejected)
-            except DataError as error:
-                raise DataError(f"pair {index}: {error}") from error
-            _check_length("pair", index, len(prompt) + max(len(chosen), len(rejected)), max_len)
-            self._examples.append(PairExample(prompt, chosen, rejected, pair.kind, index))
+    what = "pair"
 
-    def __len__(self) -> int:
-        return len(self._examples)
+    def encode(self, record: Pair, tok: PreTrainedTokenizerFast, index: int) -> PairExample:
+        """Encode one pair."""
+        if record.chosen == record.rejected:
+            raise DataError(f"both answers are {record.chosen!r}; one must be better.")
+        return PairExample(
+            encode_prompt(tok, record.prompt),
+            encode_answer(tok, record.chosen),
+            encode_answer(tok, record.rejected),
+            record.kind,
+            index,
+        )
 
-    def __getitem__(self, index: int) -> PairExample:
-        return self._examples[index]
+    def length(self, example: PairExample) -> int:
+        """Count the prompt with the longer answer."""
+        longer = max(len(example.chosen_ids), len(example.rejected_ids))
+        return len(example.prompt_ids) + longer
 
 
-class PromptDataset:
+class PromptDataset(Encoded[PromptExample]):
     """Prompts to answer, none longer than `max_len` tokens (leave room for the response)."""
 
-    def __init__(
-        self, prompts: Sequence[Prompt], tok: PreTrainedTokenizerFast, max_len: int
-    ) -> None:
-        self._examples: list[PromptExample] = []
-        for index, prompt in enumerate(prompts):
-            try:
-                ids = encode_prompt(tok, prompt.messages)
-            except DataError as error:
-                raise DataError(f"prompt {index}: {error}") from error
-            _check_length("prompt", index, len(ids), max_len)
-            self._examples.append(PromptExample(ids, prompt, index))
+    what = "prompt"
 
-    def __len__(self) -> int:
-        return len(self._examples)
+    def encode(self, record: Prompt, tok: PreTrainedTokenizerFast, index: int) -> PromptExample:
+        """Encode one prompt."""
+        return PromptExample(encode_prompt(tok, record.messages), record, index)
 
-    def __getitem__(self, index: int) -> PromptExample:
-        return self._examples[index]
-
-
-def _check_length(what: str, index: int, length: int, limit: int) -> None:
-    """Refuse a sample that would have to be cut."""
-    if length > limit:
-        raise DataError(
-            f"{what} {index} has {length} tokens, above the limit of {limit}. Set "
-            f"train.seq_len={length} or more (and arch.max_seq_len no smaller), or remove it from "
-            "the data."
-        )
+    def length(self, example: PromptExample) -> int:
+        """Count all tokens."""
+        return len(example.prompt_ids)

@@ -1,34 +1,53 @@
-"""Records from files on disk: `readers.py` makes rows of files, `rows.py` records of rows."""
+"""Records from files on disk or the hub, split into training and held out.
+
+`readers.py` and `tables.py` make rows of files, `rows.py` records of rows, `intake.py` joins them.
+"""
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Iterator
-from pathlib import Path
 from typing import NoReturn, TypeVar
 
+from distllm.data.intake import Intake, intakes
+from distllm.data.mixture import Records
 from distllm.data.options import DataOptions, OnBadLine
-from distllm.data.readers import Row, find_files, kind_of, read_rows, read_text
-from distllm.data.rows import content_key, form_of, to_record
+from distllm.data.rows import content_key
 from distllm.data.source import KINDS, Source, check_split, heldout_flags, records_fingerprint
 from distllm.errors import ConfigError, DataError
 from distllm.registry import register
-from distllm.types import Dialogue, Document, Pair, Prompt, Record
+from distllm.types import (
+    Dialogue,
+    Document,
+    Labelled,
+    Pair,
+    Parallel,
+    Prompt,
+    Record,
+    Tagged,
+    Unpaired,
+)
 
-R = TypeVar("R", Document, Pair)
+_log = logging.getLogger("distllm")
 
-_SERVED_BY = {
+R = TypeVar("R", Document, Pair, Labelled, Tagged, Parallel)
+
+SERVED_BY: dict[type, tuple[str, ...]] = {
     Document: ("documents",),
     Dialogue: ("dialogues", "prompts"),
-    Pair: ("pairs", "prompts"),
+    Pair: ("pairs", "unpaired", "prompts"),
     Prompt: ("prompts", "dialogues"),
+    Unpaired: ("unpaired", "prompts"),
+    Labelled: ("labelled", "documents"),
+    Tagged: ("tagged",),
+    Parallel: ("parallel", "dialogues", "prompts"),
 }
 """What can be made of each record; what it is comes first."""
 
 
 @register("data")
 class FileSource(Source):
-    """Records of `data.path`; the columns decide what they are (see `rows.py`).
+    """Records of `data.path` or `data.mix`; the columns decide what they are (see `rows.py`).
 
     A .txt file is cut into documents at `data.document_separator`. Held out is `data.heldout_path`,
     or else the records whose content hashes below `data.heldout_fraction`; copies of one prompt
@@ -37,47 +56,72 @@ class FileSource(Source):
 
     def __init__(self, options: DataOptions, seed: int) -> None:
         super().__init__(options, seed)
-        if not options.path:
-            raise ConfigError("data=file needs data.path=FILE (or a folder, or a pattern).")
-        self._splits: dict[str, list[Record]] | None = None
+        self._intakes = intakes(options)
+        self._splits: dict[str, Records] | None = None
 
     @property
     def serves(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Say what can be made of the records, which are read for it."""
         records = self._load()["train"] or self._load()["heldout"]
-        served = _SERVED_BY[type(records[0])]
+        served = SERVED_BY[type(records[0])]
         if any(isinstance(r, Prompt) and r.answer is None for r in records):
             return served[:1]
         return served
 
     @property
     def checkable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Say whether all records are prompts with an answer."""
+        """Say whether all records are questions with one right answer."""
         both = self._load()
-        return all(isinstance(r, Prompt) and r.answer for r in both["train"] + both["heldout"])
+        return all(
+            isinstance(r, Parallel) or (isinstance(r, Prompt) and r.answer)
+            for r in [*both["train"], *both["heldout"]]
+        )
 
     def documents(self, split: str) -> list[Document]:
-        """Return the texts."""
-        return [self._expect(r, Document, "documents") for r in self._records(split)]
+        """Return the texts; those of labelled texts are texts too."""
+        return self._each(split, _as_document, "documents")
 
     def dialogues(self, split: str) -> list[Dialogue]:
         """Return the conversations; a prompt with its answer is one too."""
-        return [_as_dialogue(r) or self._refuse(r, "dialogues") for r in self._records(split)]
+        return self._each(split, _as_dialogue, "dialogues")
 
     def pairs(self, split: str) -> list[Pair]:
         """Return the preference pairs."""
-        return [self._expect(r, Pair, "pairs") for r in self._records(split)]
+        return self._each(split, _only(Pair), "pairs")
 
     def prompts(self, split: str) -> list[Prompt]:
         """Return the prompts; a conversation's is all but its last message, which is the answer."""
-        return [_as_prompt(r) or self._refuse(r, "prompts") for r in self._records(split)]
+        return self._each(split, _as_prompt, "prompts")
+
+    def unpaired(self, split: str) -> list[Unpaired]:
+        """Return answers judged good or bad; a pair gives one of each."""
+        records = self._records(split)
+        if all(isinstance(r, Pair) for r in records):
+            return records.spread(_both_answers)
+        return self._each(split, _only(Unpaired), "unpaired")
+
+    def labelled(self, split: str) -> list[Labelled]:
+        """Return texts with their classes."""
+        return self._each(split, _only(Labelled), "labelled")
+
+    def tagged(self, split: str) -> list[Tagged]:
+        """Return sentences with a tag for each word."""
+        return self._each(split, _only(Tagged), "tagged")
+
+    def parallel(self, split: str) -> list[Parallel]:
+        """Return texts with what they become."""
+        return self._each(split, _only(Parallel), "parallel")
 
     def fingerprint(self) -> str:
         """Hash all records (sha256, hex)."""
         splits = self._load()
         return records_fingerprint([*splits["train"], *splits["heldout"]])
 
-    def _records(self, split: str) -> list[Record]:
+    def _each(self, split: str, change: object, wanted: str) -> list:
+        assert callable(change)
+        return self._records(split).spread(lambda r: [change(r) or self._refuse(r, wanted)])
+
+    def _records(self, split: str) -> Records:
         check_split(split)
         found = self._load()[split]
         if not found:
@@ -88,79 +132,62 @@ class FileSource(Source):
             )
         return found
 
-    def _load(self) -> dict[str, list[Record]]:
+    def _load(self) -> dict[str, Records]:
         if self._splits is None:
-            records = self._read(str(self.options.path), "data.path")
-            keys = [content_key(r) for r in records]
+            parts = [(self._read(intake), weight) for intake, weight in self._intakes]
+            self._check_one_kind(parts)
             if self.options.heldout_path:
-                held = self._read(self.options.heldout_path, "data.heldout_path")
-                _warn_of_overlap(set(keys), held)
-                self._splits = {"train": records, "heldout": held}
+                held = self._read(
+                    Intake(
+                        self.options.heldout_path,
+                        "data.heldout_path",
+                        self.options,
+                        columns=self.options.columns,
+                    )
+                )
+                keys = {content_key(r) for records, _ in parts for r in records}
+                _warn_of_overlap(keys, held)
+                self._splits = {"train": Records.join(parts), "heldout": Records(held)}
             else:
-                flags = heldout_flags(keys, self.options.heldout_fraction)
-                both = list(zip(records, flags, strict=True))
+                records = [r for part, _ in parts for r in part]
+                keys = [content_key(r) for r in records]
+                flags = iter(heldout_flags(keys, self.options.heldout_fraction))
+                sides: dict[str, list[tuple[list[Record], float]]] = {"train": [], "heldout": []}
+                for part, weight in parts:
+                    held_flags = [next(flags) for _ in part]
+                    for side, wanted in (("train", False), ("heldout", True)):
+                        kept = [r for r, f in zip(part, held_flags, strict=True) if f == wanted]
+                        sides[side].append((kept, weight))
                 self._splits = {
-                    "train": [r for r, flag in both if not flag],
-                    "heldout": [r for r, flag in both if flag],
+                    "train": Records.join(sides["train"]),
+                    "heldout": Records([r for part, _ in sides["heldout"] for r in part]),
                 }
         return self._splits
 
-    def _read(self, path: str, setting: str) -> list[Record]:
-        """Read all records of one setting, refusing or skipping the bad ones as the options say."""
-        records: list[Record] = []
-        bad: list[tuple[Row, str]] = []
-        forms: dict[str, str] = {}
-        for file in find_files(path, setting):
-            if kind_of(file) == ".txt":
-                records += self._texts(file)
-                forms.setdefault(self.options.text_key, f"{file}")
-                continue
-            for row in read_rows(file):
-                try:
-                    if row.problem:
-                        raise ValueError(row.problem)
-                    records.append(to_record(row.value, self.options.text_key))
-                except ValueError as error:
-                    bad.append((row, str(error)))
-                else:
-                    form = form_of(row.value, self.options.text_key)
-                    forms.setdefault(str(form), f"{file} {row.place}")
-        total = len(records) + len(bad)
-        if bad:
-            first, reason = bad[0]
-            what = (
-                f"{len(bad)} of {total} records in {setting}={path} cannot be used; the first is "
-                f"{first.file} {first.place}: {reason}."
-            )
+    def _read(self, intake: Intake) -> list[Record]:
+        """Read all records of a path, refusing or skipping the bad ones as the options say."""
+        records = list(intake)
+        if intake.bad:
+            what = intake.complaint()
             if not records:
                 raise DataError(f"{what} None is left.")
             if self.options.on_bad_line == OnBadLine.ERROR:
                 raise DataError(f"{what} Fix them, or set data.on_bad_line=skip to leave them out.")
             warnings.warn(f"{what} They are left out (data.on_bad_line=skip).", stacklevel=2)
         if not records:
-            raise DataError(f"{setting}={path} holds no record.")
-        if len({type(r) for r in records}) > 1:
-            seen = "; ".join(f"{form} ({place})" for form, place in forms.items())
-            raise DataError(
-                f"{setting}={path} mixes records of different columns: {seen}. Split the file."
-            )
+            raise DataError(f"{intake.setting}={intake.path} holds no record.")
+        intake.check_one_kind()
+        _log.info("%s.", intake.describe())
         return records
 
-    def _texts(self, file: Path) -> Iterator[Document]:
-        """Cut a text file into its documents."""
-        text = read_text(file)
-        separator = self.options.document_separator.replace("\\n", "\n")
-        parts = text.split(separator) if separator else [text]
-        kept = [part.strip("\n") for part in parts if part.strip()]
-        return (
-            Document(text=part, name=f"{file.name}#{i}") for i, part in enumerate(kept, start=1)
-        )
-
-    def _expect(self, record: Record, kind: type[R], wanted: str) -> R:
-        return record if isinstance(record, kind) else self._refuse(record, wanted)
+    def _check_one_kind(self, parts: list[tuple[list[Record], float]]) -> None:
+        kinds = {type(part[0]): part[0] for part, _ in parts}
+        if len(kinds) > 1:
+            seen = "; ".join(f"{SERVED_BY[k][0]} ({r.place})" for k, r in kinds.items())
+            raise DataError(f"data.mix mixes records of different kinds: {seen}.")
 
     def _refuse(self, record: Record, wanted: str) -> NoReturn:
-        held = _SERVED_BY[type(record)][0]
+        held = SERVED_BY[type(record)][0]
         lack = " without answers" if isinstance(record, Prompt) and record.answer is None else ""
         raise ConfigError(
             f"data.path={self.options.path} holds {held}{lack}, from which {wanted} "
@@ -169,12 +196,29 @@ class FileSource(Source):
         )
 
 
+def _only(kind: type[R]):
+    return lambda record: record if isinstance(record, kind) else None
+
+
+def _as_document(record: Record) -> Document | None:
+    if isinstance(record, Labelled):
+        return Document(text="\n".join(record.texts), place=record.place)
+    return record if isinstance(record, Document) else None
+
+
 def _as_dialogue(record: Record) -> Dialogue | None:
     """See a record as a conversation, if it is one or holds the answer to its prompt."""
-    if isinstance(record, Prompt) and record.answer is not None:
-        answer = {"role": "assistant", "content": record.answer}
-        return Dialogue(messages=[*record.messages, answer], task=record.task)
-    return record if isinstance(record, Dialogue) else None
+    match record:
+        case Dialogue():
+            return record
+        case Prompt(answer=str(answer)):
+            asked = record.messages
+        case Parallel():
+            asked, answer = [{"role": "user", "content": record.source}], record.target
+        case _:
+            return None
+    messages = [*asked, {"role": "assistant", "content": answer}]
+    return Dialogue(messages=messages, task=getattr(record, "task", ""), place=record.place)
 
 
 def _as_prompt(record: Record) -> Prompt | None:
@@ -183,10 +227,25 @@ def _as_prompt(record: Record) -> Prompt | None:
         case Prompt():
             return record
         case Dialogue(messages=[*asked, last]) if asked and asked[-1]["role"] != "assistant":
-            return Prompt(messages=asked, answer=last["content"], task=record.task)
-        case Pair():
-            return Prompt(messages=record.prompt, task=record.task)
+            return Prompt(
+                messages=asked, answer=last["content"], task=record.task, place=record.place
+            )
+        case Pair() | Unpaired():
+            return Prompt(messages=record.prompt, task=record.task, place=record.place)
+        case Parallel():
+            asked = [{"role": "user", "content": record.source}]
+            return Prompt(messages=asked, answer=record.target, place=record.place)
     return None
+
+
+def _both_answers(record: Record) -> list[Unpaired]:
+    assert isinstance(record, Pair)
+    return [
+        Unpaired(
+            prompt=record.prompt, completion=text, good=good, task=record.task, place=record.place
+        )
+        for text, good in ((record.chosen, True), (record.rejected, False))
+    ]
 
 
 def _warn_of_overlap(train_keys: set[str], held: list[Record]) -> None:

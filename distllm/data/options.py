@@ -12,6 +12,29 @@ class OnBadLine(StrEnum):
     SKIP = "skip"
 
 
+class OnLong(StrEnum):
+    """What to do with a record that is too long."""
+
+    ERROR = "error"
+    SKIP = "skip"
+    CUT = "cut"
+
+
+@dataclass(kw_only=True, slots=True)
+class MixPart:
+    """One part of a mixture."""
+
+    path: str
+    """As `data.path`."""
+    weight: float = 0.0
+    """Share of the samples, relative to the other parts' weights; a part smaller than its share comes
+    round more often. All 0: each part counts by its number of samples."""
+    limit: int = 0
+    """Read no more than this many records; 0 reads all."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """As `data.columns`; empty takes that."""
+
+
 @dataclass(kw_only=True, slots=True)
 class DataOptions:
     """Where the records come from."""
@@ -20,11 +43,18 @@ class DataOptions:
     """Source: `stdlib` (documentation that Python carries), `skills` (generated chat tasks),
     `file`."""
     path: str | None = None
-    """data=file: a file, a folder, or a pattern such as `corpus/*.jsonl` (.txt, .jsonl, .json,
-    .parquet; .gz too)."""
+    """data=file: a file, a folder, or a pattern such as `corpus/*.jsonl` (.jsonl, .json, .csv, .tsv,
+    .parquet, .arrow, .txt, .conll; .gz and .zst too), or `hub:ORG/NAME` for a data set of the Hugging
+    Face hub (`?config=C&split=S&revision=R&streaming=true` may follow)."""
     heldout_path: str | None = None
     """data=file: held-out records; left out, `heldout_fraction` of `path` is held out by hash of
     the content."""
+    mix: list[MixPart] = field(default_factory=list)
+    """data=file: several paths in place of `path`, each with its weight, limit and columns."""
+    limit: int = 0
+    """data=file: read no more than this many records of `path`; 0 reads all."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """data=file: names of ours -> names in the file, such as {prompt: question, completion: answer}."""
     heldout_fraction: float = 0.05
     """Share of the content that is kept out of training; which content depends on its hash alone,
     not on the seed."""
@@ -35,6 +65,18 @@ class DataOptions:
     document_separator: str = "\\n\\n"
     """data=file, .txt: what stands between two documents (`\\n` means a line's end); empty makes a
     file one document."""
+    line_pattern: str = ""
+    """data=file, .txt: a regular expression that makes a record of each line; its named groups are the
+    columns, as in `(?P<label>\\S+) (?P<text>.+)`. Empty: the text is cut into documents."""
+    csv_quotes: bool = True
+    """data=file, .csv and .tsv: whether a quotation mark opens a field that may hold the separator and
+    line ends; false takes it as text."""
+    answer_after: str = ""
+    """data=file: take as the answer to a prompt what stands behind the last of these words in the
+    `answer` column (GSM8K: `####`)."""
+    on_long: OnLong = OnLong.ERROR
+    """What to do with a record of more tokens than `train.seq_len`: `error` stops, `skip` leaves it out,
+    `cut` keeps the beginning of a dialogue (no end is invented) and leaves out longer pairs and prompts."""
     tasks: list[str] = field(default_factory=list)
     """data=skills: which tasks to generate; empty means all."""
     num_train: int = 8000

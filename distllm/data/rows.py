@@ -1,55 +1,100 @@
 """Rows to records: which columns make which record, and what each must hold.
 
-| columns | record |
-|---|---|
-| `chosen`, `rejected` (and `prompt`, unless both are whole conversations) | Pair |
-| `prompt` or `messages`, with `answer` | Prompt with a checkable answer |
-| `prompt`, `completion` | Dialogue |
-| `messages` | Dialogue |
-| `prompt` | Prompt |
-| `text` (or what `data.text_key` says) | Document |
-
-A prompt, and a chosen or rejected answer, is a string or a list of messages. Other columns are
-ignored.
+`FORMS` is the table, most specific first; the first whose columns are all there (and not null)
+decides. Other columns are ignored, except that prompts keep them for the reward.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from distllm.types import Dialogue, Document, Pair, Prompt, Record
+from distllm.data.messages import (
+    check_last,
+    check_string,
+    learned_messages,
+    read_answer,
+    read_answers,
+    read_messages,
+    read_prompt,
+    shared_prompt,
+    shown,
+)
+from distllm.types import (
+    Dialogue,
+    Document,
+    Labelled,
+    Pair,
+    Parallel,
+    Prompt,
+    Record,
+    Tagged,
+    Unpaired,
+)
 
-Messages = list[dict[str, str]]
+Columns = Mapping[str, Any]
 
 
-def form_of(row: Any, text_key: str) -> str | None:
-    """Name the columns that decide what `row` is, or None if there are no such columns."""
+@dataclass(frozen=True, slots=True)
+class Form:
+    """Columns that belong together, and the record they make."""
+
+    columns: tuple[str, ...]
+    title: str
+    record: type
+    make: Callable[[Columns], Record]
+
+    @property
+    def name(self) -> str:
+        """The deciding columns."""
+        return "+".join(self.columns)
+
+
+def forms(text_key: str = "text") -> list[Form]:
+    """Return the forms in order of precedence."""
+    return [*_FORMS, Form((text_key,), "plain text", Document, lambda row: _text(row, text_key))]
+
+
+def form_of(row: Any, text_key: str = "text") -> Form | None:
+    """Return the form whose columns `row` has, or None if there is none."""
     if not isinstance(row, Mapping):
         return None
-    keys = row.keys()
-    if {"chosen", "rejected"} <= keys:
-        return "chosen+rejected"
-    if "answer" in keys and ("messages" in keys or "prompt" in keys):
-        return "messages+answer" if "messages" in keys else "prompt+answer"
-    if {"prompt", "completion"} <= keys:
-        return "prompt+completion"
-    return next((key for key in ("messages", "prompt", text_key) if key in keys), None)
+    known = forms(text_key)
+    filled = {key for key, value in row.items() if value is not None}
+    for keys in (filled, row.keys()):
+        for form in known:
+            if keys >= set(form.columns):
+                return form
+    return None
 
 
-def to_record(row: Any, text_key: str) -> Record:
-    """Check a row and turn it into a record.
+def describe_missing(row: Any, text_key: str) -> str:
+    """Say why a row has no form."""
+    if not isinstance(row, Mapping):
+        return f"{shown(row)}, must be an object"
+    have = ", ".join(map(str, row)) or "none"
+    common = f"{text_key}, messages, prompt+completion, prompt, chosen+rejected, conversations, "
+    common += "instruction+output, label+text, tokens+tags, source+target"
+    guess = suggest_columns(row)
+    hint = ",".join(f"{ours}:{theirs}" for ours, theirs in guess.items()) or "prompt:YOURS,..."
+    return f"columns {have}; there must be one of {common}; name yours with data.columns={{{hint}}}"
 
-    Raises:
-        ValueError: with the reason, naming the column.
-    """
-    form = form_of(row, text_key)
-    if form is None:
-        raise ValueError(_describe_missing(row, text_key))
-    if form == text_key:
-        return Document(text=_string(row, text_key))
-    return _MAKERS[form](row)
+
+def suggest_columns(row: Columns) -> dict[str, str]:
+    """Guess which columns of a row without form mean what: name of ours -> name in the file."""
+    by_name = {str(key).lower(): str(key) for key in row}
+    found: dict[str, str] = {}
+    for ours, others in _OTHER_NAMES.items():
+        theirs = next((by_name[o] for o in (ours, *others) if o in by_name), None)
+        if theirs and theirs not in found.values():
+            found[ours] = theirs
+    for form in forms():
+        if found.keys() >= set(form.columns):
+            return {column: found[column] for column in form.columns}
+    return {}
 
 
 def content_key(record: Record) -> str:
@@ -59,154 +104,261 @@ def content_key(record: Record) -> str:
             return record.text
         case Dialogue():
             return json.dumps(record.messages[:-1] or record.messages)
-        case Pair():
+        case Pair() | Unpaired():
             return json.dumps(record.prompt)
         case Prompt():
             return json.dumps(record.messages)
+        case Labelled():
+            return json.dumps(record.texts)
+        case Tagged():
+            return json.dumps(record.tokens)
+        case Parallel():
+            return record.source
 
 
-def _pair(row: Mapping[str, Any]) -> Pair:
-    chosen, rejected = row["chosen"], row["rejected"]
-    prompt = _asked(row, "prompt") if "prompt" in row else _shared_prompt(chosen, rejected)
-    good = _answer_after(prompt, chosen, "chosen")
-    bad = _answer_after(prompt, rejected, "rejected")
-    if good == bad:
-        raise ValueError(f"chosen and rejected are the same: {good[:50]!r}")
-    return Pair(
-        prompt=prompt, chosen=good, rejected=bad, kind=_label(row, "kind"), task=_label(row, "task")
-    )
-
-
-def _messages_answer(row: Mapping[str, Any]) -> Prompt:
-    messages = _asked(row, "messages")
-    return Prompt(messages=messages, answer=_string(row, "answer"), task=_label(row, "task"))
-
-
-def _prompt_answer(row: Mapping[str, Any]) -> Prompt:
-    messages = _asked(row, "prompt")
-    return Prompt(messages=messages, answer=_string(row, "answer"), task=_label(row, "task"))
-
-
-def _prompt_completion(row: Mapping[str, Any]) -> Dialogue:
-    prompt = _asked(row, "prompt")
-    answer = {
-        "role": "assistant",
-        "content": _answer_after(prompt, row["completion"], "completion"),
-    }
-    return Dialogue(messages=[*prompt, answer], task=_label(row, "task"))
-
-
-def _prompt_only(row: Mapping[str, Any]) -> Prompt:
-    return Prompt(messages=_asked(row, "prompt"), task=_label(row, "task"))
-
-
-def _conversation(row: Mapping[str, Any]) -> Dialogue:
-    messages = _messages(row["messages"], "messages")
-    _check_last(messages, "messages", assistant=True)
-    return Dialogue(messages=messages, task=_label(row, "task"))
-
-
-_MAKERS: dict[str, Callable[[Mapping[str, Any]], Record]] = {
-    "chosen+rejected": _pair,
-    "messages+answer": _messages_answer,
-    "prompt+answer": _prompt_answer,
-    "prompt+completion": _prompt_completion,
-    "messages": _conversation,
-    "prompt": _prompt_only,
+_OTHER_NAMES = {
+    "prompt": ("question", "query", "problem", "instruction", "input", "user"),
+    "completion": ("response", "answer", "output", "solution", "assistant", "reply", "responses"),
+    "chosen": ("chosen_response", "response_chosen", "preferred", "better"),
+    "rejected": ("rejected_response", "response_rejected", "dispreferred", "worse"),
+    "messages": ("conversation", "dialog", "dialogue", "chat"),
+    "source": ("src", "article", "document"),
+    "target": ("tgt", "summary", "highlights"),
+    "tokens": ("words",),
+    "tags": ("labels", "pos_tags"),
+    "label": ("class", "category", "sentiment", "rating"),
+    "text": ("content", "body", "raw_content", "review"),
 }
 
 
-def _asked(row: Mapping[str, Any], key: str) -> Messages:
-    """Read a prompt: what the user says, or messages that do not end with the assistant."""
-    if isinstance(row[key], list):
-        messages = _messages(row[key], key)
-        _check_last(messages, key, assistant=False)
-        return messages
-    return [{"role": "user", "content": _string(row, key)}]
+def _text(row: Columns, key: str) -> Document:
+    return Document(text=_string(row, key))
 
 
-def _shared_prompt(chosen: Any, rejected: Any) -> Messages:
-    """Find the messages that two whole conversations share: all but the last of each."""
-    if not isinstance(chosen, list) or not isinstance(rejected, list):
-        raise ValueError("there is no prompt, and chosen and rejected are not whole conversations")
-    prompt = _messages(chosen, "chosen")[:-1]
-    if not prompt or prompt != _messages(rejected, "rejected")[:-1]:
-        raise ValueError(
-            "there is no prompt, and chosen and rejected differ before their last message"
-        )
-    _check_last(prompt, "chosen without its last message", assistant=False)
-    return prompt
-
-
-def _answer_after(prompt: Messages, value: Any, key: str) -> str:
-    """Read an answer: a string, the assistant's message, or the prompt with it."""
-    if not isinstance(value, list):
-        return _check_string(value, key)
-    messages = _messages(value, key)
-    _check_last(messages, key, assistant=True)
-    if len(messages) > 1 and messages[:-1] != prompt:
-        raise ValueError(f"{key} is a conversation that does not begin with the prompt")
-    return messages[-1]["content"]
-
-
-def _messages(value: Any, key: str) -> Messages:
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"{key} is {_shown(value)}, must be a list of messages")
-    found: Messages = []
-    for number, message in enumerate(value, start=1):
-        where = f"{key}[{number}]"
-        if not isinstance(message, Mapping):
-            raise ValueError(
-                f"{where} is {_shown(message)}, must be an object with role and content"
-            )
-        role = _check_string(message.get("role"), f"{where}.role")
-        # Empty system prompts are common and harmless; an empty turn is neither.
-        content = _check_string(message.get("content"), f"{where}.content", empty=role == "system")
-        found.append({"role": role, "content": content})
-    return found
-
-
-def _check_last(messages: Messages, key: str, *, assistant: bool) -> None:
-    role = messages[-1]["role"]
-    if assistant != (role == "assistant"):
-        rule = "must end with the assistant" if assistant else "must not end with the assistant"
-        raise ValueError(f"{key} ends with {role}, {rule}")
-
-
-def _string(row: Mapping[str, Any], key: str) -> str:
-    return _check_string(row[key], key)
-
-
-def _label(row: Mapping[str, Any], key: str) -> str:
-    value = row.get(key)
-    return "" if value is None else _check_string(value, key, empty=True)
-
-
-def _check_string(value: Any, key: str, *, empty: bool = False) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{key} is {_shown(value)}, must be a string")
-    if not empty and not value.strip():
-        raise ValueError(f"{key} is empty")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{key} holds half a surrogate pair at character {error.start}") from error
-    return value
-
-
-def _shown(value: Any) -> str:
-    """Say what a value is: its type, and itself where that is short."""
-    if value is None:
-        return "null"
-    shown = repr(value)
-    return f"{type(value).__name__} {shown}" if len(shown) <= 40 else type(value).__name__
-
-
-def _describe_missing(row: Any, text_key: str) -> str:
-    if not isinstance(row, Mapping):
-        return f"{_shown(row)}, must be an object"
-    have = ", ".join(map(str, row)) or "none"
-    return (
-        f"columns {have}; there must be {text_key}, messages, prompt+completion, "
-        "prompt+chosen+rejected, or prompt+answer"
+def _pair(row: Columns) -> Pair:
+    chosen, rejected = row["chosen"], row["rejected"]
+    prompt = _prompt_before(row) or shared_prompt(chosen, rejected)
+    good = read_answer(prompt, chosen, "chosen")
+    bad = read_answer(prompt, rejected, "rejected")
+    prompt = _with_system(row, prompt)
+    if good == bad:
+        raise ValueError(f"chosen and rejected are the same: {good[:50]!r}")
+    confidence = _number(row, "confidence", 1.0)
+    if not 0.5 <= confidence <= 1:
+        raise ValueError(f"confidence is {confidence:g}, must be from 0.5 to 1")
+    return Pair(
+        prompt=prompt,
+        chosen=good,
+        rejected=bad,
+        margin=_number(row, "margin", 0.0),
+        confidence=confidence,
+        kind=_label(row, "kind"),
+        task=_label(row, "task"),
     )
+
+
+def _unpaired(row: Columns, label: str = "label") -> Unpaired:
+    prompt = read_prompt(row["prompt"], "prompt")
+    completion = read_answer(prompt, row["completion"], "completion")
+    good = _boolean(row, label)
+    return Unpaired(prompt=prompt, completion=completion, good=good, task=_label(row, "task"))
+
+
+def _tagged_alpaca(row: Columns) -> Unpaired:
+    said = _alpaca(row).messages
+    good = _boolean(row, "kto_tag")
+    return Unpaired(prompt=said[:-1], completion=said[-1]["content"], good=good)
+
+
+def _tagged_conversation(row: Columns, key: str) -> Unpaired:
+    said = _with_system(row, read_messages(row[key], key))
+    check_last(said, key, assistant=True)
+    good = _boolean(row, "kto_tag")
+    return Unpaired(prompt=said[:-1], completion=said[-1]["content"], good=good)
+
+
+def _answered(row: Columns, key: str) -> Prompt:
+    return Prompt(
+        messages=_with_system(row, read_prompt(row[key], key)),
+        answer=_string(row, "answer"),
+        extra=_others(row, key, "answer"),
+        task=_label(row, "task"),
+    )
+
+
+def _prompt_only(row: Columns) -> Prompt:
+    return Prompt(
+        messages=_with_system(row, read_prompt(row["prompt"], "prompt")),
+        extra=_others(row, "prompt"),
+        task=_label(row, "task"),
+    )
+
+
+def _prompt_completion(row: Columns) -> Dialogue:
+    prompt = read_prompt(row["prompt"], "prompt")
+    answers = read_answers(prompt, row["completion"], "completion")
+    before = _with_system(row, prompt)
+    learned = None
+    if any(m["role"] == "assistant" for m in before):
+        places = enumerate(answers, start=len(before))
+        learned = [i for i, m in places if m["role"] == "assistant"]
+    return Dialogue(messages=[*before, *answers], learned=learned, task=_label(row, "task"))
+
+
+def _conversation(row: Columns, key: str) -> Dialogue:
+    messages = read_messages(row[key], key)
+    check_last(messages, key, assistant=True)
+    learned = learned_messages(row[key], messages)
+    with_system = _with_system(row, messages)
+    if learned is not None:
+        learned = [i + len(with_system) - len(messages) for i in learned]
+    return Dialogue(messages=with_system, learned=learned, task=_label(row, "task"))
+
+
+def _alpaca(row: Columns) -> Dialogue:
+    history = row.get("history") or []
+    before = []
+    for number, turn in enumerate(history, start=1):
+        if not isinstance(turn, list | tuple) or len(turn) != 2:
+            raise ValueError(f"history[{number}] is {shown(turn)}, must be a question and answer")
+        for role, text in zip(("user", "assistant"), turn, strict=True):
+            before.append({"role": role, "content": check_string(text, f"history[{number}]")})
+    answer = {"role": "assistant", "content": _string(row, "output")}
+    asked = {"role": "user", "content": _instruction(row)}
+    return Dialogue(messages=_with_system(row, [*before, asked, answer]), task=_label(row, "task"))
+
+
+def _labelled(row: Columns, *keys: str) -> Labelled:
+    label = row["label"]
+    if isinstance(label, bool) or not isinstance(label, str | int | float):
+        raise ValueError(
+            f"label is {shown(label)}, must be a class (text or whole number) or a number"
+        )
+    if isinstance(label, float) and not math.isfinite(label):
+        raise ValueError(f"label is {label}, must be finite")
+    if isinstance(label, str):
+        check_string(label, "label")
+    pair = [key for key in ("text_pair",) if key in row and keys == ("text",)]
+    return Labelled(texts=[_string(row, key) for key in (*keys, *pair)], label=label)
+
+
+def _tagged(row: Columns, key: str) -> Tagged:
+    tokens, tags = row["tokens"], row[key]
+    for name, value in (("tokens", tokens), (key, tags)):
+        if not isinstance(value, list) or not value:
+            raise ValueError(f"{name} is {shown(value)}, must be a list")
+    if len(tokens) != len(tags):
+        raise ValueError(f"{len(tokens)} tokens have {len(tags)} {key}")
+    words = [check_string(t, f"tokens[{n}]") for n, t in enumerate(tokens, start=1)]
+    names = []
+    for number, tag in enumerate(tags, start=1):
+        if isinstance(tag, bool) or not isinstance(tag, str | int):
+            raise ValueError(f"{key}[{number}] is {shown(tag)}, must be a text or a whole number")
+        names.append(check_string(str(tag), f"{key}[{number}]"))
+    return Tagged(tokens=words, tags=names)
+
+
+def _parallel(row: Columns) -> Parallel:
+    return Parallel(source=_string(row, "source"), target=_string(row, "target"))
+
+
+def _bound(make: Callable[..., Record], *arguments: str) -> Callable[[Columns], Record]:
+    return lambda row: make(row, *arguments)
+
+
+_FORMS = [
+    Form(("chosen", "rejected"), "preference pairs", Pair, _pair),
+    Form(("prompt", "completion", "label"), "answers judged good or bad", Unpaired, _unpaired),
+    Form(("instruction", "output", "kto_tag"), "Alpaca, judged", Unpaired, _tagged_alpaca),
+    Form(
+        ("conversations", "kto_tag"),
+        "ShareGPT, judged",
+        Unpaired,
+        _bound(_tagged_conversation, "conversations"),
+    ),
+    Form(
+        ("messages", "kto_tag"),
+        "conversations, judged",
+        Unpaired,
+        _bound(_tagged_conversation, "messages"),
+    ),
+    Form(("messages", "answer"), "prompts with an answer", Prompt, _bound(_answered, "messages")),
+    Form(("prompt", "answer"), "prompts with an answer", Prompt, _bound(_answered, "prompt")),
+    Form(("prompt", "completion"), "prompts with a completion", Dialogue, _prompt_completion),
+    Form(("messages",), "OpenAI messages", Dialogue, _bound(_conversation, "messages")),
+    Form(("conversations",), "ShareGPT", Dialogue, _bound(_conversation, "conversations")),
+    Form(("instruction", "output"), "Alpaca", Dialogue, _alpaca),
+    Form(("tokens", "tags"), "tagged words", Tagged, _bound(_tagged, "tags")),
+    Form(("tokens", "ner_tags"), "tagged words", Tagged, _bound(_tagged, "ner_tags")),
+    Form(("label", "text"), "classes of texts", Labelled, _bound(_labelled, "text")),
+    Form(("label", "sentence"), "classes of texts", Labelled, _bound(_labelled, "sentence")),
+    *(
+        Form(("label", *two), "classes of two texts", Labelled, _bound(_labelled, *two))
+        for two in (("sentence1", "sentence2"), ("premise", "hypothesis"))
+    ),
+    Form(("source", "target"), "texts and what they become", Parallel, _parallel),
+    Form(("prompt",), "prompts", Prompt, _prompt_only),
+]
+
+
+def _prompt_before(row: Columns) -> list[dict[str, str]]:
+    """Return what comes before a pair's answers; empty if it is inside them."""
+    for key in ("prompt", "messages", "conversations"):
+        if row.get(key) is not None:
+            return read_prompt(row[key], key)
+    if row.get("instruction") is not None:
+        return [{"role": "user", "content": _instruction(row)}]
+    return []
+
+
+def _instruction(row: Columns) -> str:
+    """Join an Alpaca instruction with its input, if it has one."""
+    extra = row.get("input")
+    asked = _string(row, "instruction")
+    return f"{asked}\n{_string(row, 'input')}" if extra not in (None, "") else asked
+
+
+def _with_system(row: Columns, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Put the `system` column before messages that bring no system prompt of their own."""
+    system = row.get("system")
+    if not system or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": check_string(system, "system")}, *messages]
+
+
+def _others(row: Columns, *used: str) -> dict[str, Any]:
+    """Return the columns that a record has no field for."""
+    return {k: v for k, v in row.items() if k not in (*used, "task", "system")}
+
+
+def _string(row: Columns, key: str) -> str:
+    return check_string(row[key], key)
+
+
+def _label(row: Columns, key: str) -> str:
+    value = row.get(key)
+    return "" if value is None else check_string(value, key, empty=True)
+
+
+def _number(row: Columns, key: str, default: float) -> float:
+    value = row.get(key)
+    if value is None:
+        return default
+    if isinstance(value, str):  # a table of texts
+        try:
+            value = float(value)
+        except ValueError:
+            raise ValueError(f"{key} is {shown(value)}, must be a number") from None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{key} is {shown(value)}, must be a finite number")
+    return float(value)
+
+
+def _boolean(row: Columns, key: str) -> bool:
+    value = row[key]
+    words = {"true": True, "1": True, "false": False, "0": False}
+    if isinstance(value, str) and value.lower() in words:
+        return words[value.lower()]
+    if value in (True, False) and isinstance(value, bool | int):
+        return bool(value)
+    raise ValueError(f"{key} is {shown(value)}, must be true (good) or false (bad)")

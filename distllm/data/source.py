@@ -10,7 +10,17 @@ from dataclasses import fields
 from distllm.data.options import DataOptions
 from distllm.errors import ConfigError
 from distllm.registry import get
-from distllm.types import Dialogue, Document, Pair, Prompt, Record
+from distllm.types import (
+    Dialogue,
+    Document,
+    Labelled,
+    Pair,
+    Parallel,
+    Prompt,
+    Record,
+    Tagged,
+    Unpaired,
+)
 
 SPLITS = ("train", "heldout")
 """The two sides of every source; no content is on both."""
@@ -18,8 +28,12 @@ SPLITS = ("train", "heldout")
 KINDS = {
     "documents": "stage=pretrain",
     "dialogues": "stage=sft",
-    "pairs": "stage=reward",
+    "pairs": "stage=reward or stage=dpo",
+    "unpaired": "stage=kto",
     "prompts": "stage=ppo or stage=grpo",
+    "labelled": "stage=classify",
+    "tagged": "stage=tag",
+    "parallel": "stage=sft of an encoder-decoder",
 }
 """What a source may serve -> the stages that learn from it."""
 
@@ -52,6 +66,22 @@ class Source:
     def prompts(self, split: str) -> list[Prompt]:
         """Return the prompts of `split`."""
         raise self.cannot_serve("prompts")
+
+    def unpaired(self, split: str) -> list[Unpaired]:
+        """Return single answers of `split`, each judged good or bad."""
+        raise self.cannot_serve("unpaired")
+
+    def labelled(self, split: str) -> list[Labelled]:
+        """Return the texts of `split` with their classes."""
+        raise self.cannot_serve("labelled")
+
+    def tagged(self, split: str) -> list[Tagged]:
+        """Return the sentences of `split` with a tag for each word."""
+        raise self.cannot_serve("tagged")
+
+    def parallel(self, split: str) -> list[Parallel]:
+        """Return the texts of `split` with what each is to become."""
+        raise self.cannot_serve("parallel")
 
     def fingerprint(self) -> str:
         """Hash everything this source serves (sha256, hex)."""
@@ -117,7 +147,7 @@ def records_fingerprint(records: Iterable[Record]) -> str:
     """Hash records in order (sha256, hex)."""
     digest = hashlib.sha256()
     for record in records:
-        values = {field.name: getattr(record, field.name) for field in fields(record)}
-        line = json.dumps([type(record).__name__, values], sort_keys=True)
+        values = {f.name: getattr(record, f.name) for f in fields(record) if f.compare}
+        line = json.dumps([type(record).__name__, values], sort_keys=True, default=str)
         digest.update(line.encode() + b"\n")
     return digest.hexdigest()

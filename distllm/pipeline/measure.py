@@ -60,7 +60,9 @@ def measure_documents(builder: Builder, engine: Engine) -> Measure:
 def measure_dialogues(builder: Builder, engine: Engine) -> Measure:
     """Nats per assistant token and, where answers can be checked, exact match under greedy decoding."""
     train = builder.config.train
-    heldout = ChatDataset(builder.data.dialogues("heldout"), builder.tokenizer, train.seq_len)
+    heldout = ChatDataset(
+        builder.data.dialogues("heldout"), builder.tokenizer, train.seq_len, builder.config.data
+    )
     objective = registry.get("objective", "sft")(builder.config.stage, pad_id=builder.pad_id)
     shown = [heldout[i] for i in range(min(len(heldout), train.num_eval_samples))]
     prompts = heldout_prompts(builder) if builder.data.checkable else []
@@ -79,8 +81,8 @@ def heldout_pairs(builder: Builder) -> tuple[list[Pair], list[PairExample]]:
     """Return the held-out pairs that an evaluation judges, as records and encoded."""
     train = builder.config.train
     records = builder.data.pairs("heldout")[: train.num_eval_samples]
-    pairs = PairDataset(records, builder.tokenizer, train.seq_len)
-    return records, [pairs[i] for i in range(len(pairs))]
+    pairs = PairDataset(records, builder.tokenizer, train.seq_len, builder.config.data)
+    return pairs.records, [pairs[i] for i in range(len(pairs))]
 
 
 def measure_pairs(builder: Builder, engine: Engine, objective: Reward) -> Measure:
@@ -111,7 +113,7 @@ def heldout_prompts(builder: Builder) -> list[Any]:
     """Encode the held-out prompts that an evaluation answers."""
     train = builder.config.train
     prompts = builder.data.prompts("heldout")[: train.num_eval_samples]
-    dataset = PromptDataset(prompts, builder.tokenizer, train.seq_len)
+    dataset = PromptDataset(prompts, builder.tokenizer, train.seq_len, builder.config.data)
     return [dataset[i] for i in range(len(dataset))]
 
 

@@ -61,7 +61,7 @@ def build(builder: Builder) -> Parts:
     reward, parents = _reward(builder, join, engines)
 
     limit = policy.model.options.max_seq_len - config.generation.max_new_tokens  # type: ignore[union-attr]
-    prompts = PromptDataset(builder.data.prompts("train"), builder.tokenizer, limit)
+    prompts = PromptDataset(builder.data.prompts("train"), builder.tokenizer, limit, config.data)
     sampling = Sampling(
         options=config.generation,
         end_ids=builder.end_ids,

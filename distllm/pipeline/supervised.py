@@ -59,7 +59,9 @@ def _pretrain(builder: Builder) -> Parts:
 
 def _sft(builder: Builder) -> Parts:
     config = builder.config
-    train = ChatDataset(builder.data.dialogues("train"), builder.tokenizer, config.train.seq_len)
+    train = ChatDataset(
+        builder.data.dialogues("train"), builder.tokenizer, config.train.seq_len, config.data
+    )
     objective = registry.get("objective", "sft")(config.stage, pad_id=builder.pad_id)
     engine = builder.engine("model", builder.model("lm"), trained=True)
     return _parts(builder, engine, objective, train, measure_dialogues(builder, engine))
@@ -71,7 +73,9 @@ def _reward(builder: Builder) -> Parts:
         raise ConfigError(
             f"stage.head={config.stage.head} is unknown. Known: {', '.join(REWARD_HEADS)}."
         )
-    train = PairDataset(builder.data.pairs("train"), builder.tokenizer, config.train.seq_len)
+    train = PairDataset(
+        builder.data.pairs("train"), builder.tokenizer, config.train.seq_len, config.data
+    )
     model = builder.model(config.stage.head)
     objective = Reward(config.stage, pad_id=builder.pad_id, join=model.join)
     engine = builder.engine("model", model, trained=True)

@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from distllm.data.datasets import PromptExample
-from distllm.data.sampler import Sampler
+from distllm.data.mixture import make_sampler
 from distllm.engines.base import Engine
 from distllm.engines.collectives import any_true, together
 from distllm.engines.processes import phase
@@ -81,7 +81,7 @@ class RolloutSource:
     ) -> None:
         self.prompts, self.engines, self.algorithm = prompts, engines, algorithm
         self.reward, self.sampling, self.learning, self.seed = reward, sampling, learning, seed
-        self.sampler = Sampler(len(prompts), seed, shuffle=learning.options.shuffle)
+        self.sampler = make_sampler(prompts, seed, shuffle=learning.options.shuffle)
         self.ledger = Ledger()
         self.rollouts: list[Rollout] = []
         self.num_rollouts = 0

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from distllm.data.sampler import Sampler
+from distllm.data.mixture import make_sampler
 from distllm.engines.base import Engine
 from distllm.engines.collectives import together
 from distllm.optim.constant import Constant
@@ -32,7 +32,7 @@ class SampleSource:
     ) -> None:
         self.dataset, self.engine, self.objective = dataset, engine, objective
         self.schedule, self.lr, self.options = schedule, lr, options
-        self.sampler = Sampler(len(dataset), seed, shuffle=options.shuffle)
+        self.sampler = make_sampler(dataset, seed, shuffle=options.shuffle)
         self.ledger = Ledger()
 
     def next(self, step: int) -> tuple[list[Work], dict[str, float]]:

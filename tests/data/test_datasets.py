@@ -85,3 +85,56 @@ def test_bad_dialogues_are_named(tok):
         ChatDataset([dialogue("a"), Dialogue(messages=ASK)], tok, 50)
     with pytest.raises(DataError, match="prompt 0: A prompt must end"):
         PromptDataset([Prompt(messages=dialogue("a").messages)], tok, 50)
+
+
+def test_long_records_can_be_left_out_or_cut(tok):
+    short, long = dialogue("one"), dialogue("one two three " * 9)
+    long.place = "a.jsonl line 7"
+    length = len(encode_dialogue(tok, long.messages)[0])
+    with pytest.raises(
+        DataError, match=rf"a\.jsonl line 7 has {length} tokens, .*data\.on_long=skip"
+    ):
+        ChatDataset([short, long], tok, 40, DataOptions())
+    said = (
+        rf"1 of 2 dialogues are longer than 40 .*, of which 1 are left out; .* line 7 has {length}"
+    )
+    with pytest.warns(UserWarning, match=said):
+        kept = ChatDataset([long, short], tok, 40, DataOptions(on_long="skip"))
+    assert [kept[i].sample_id for i in range(len(kept))] == [0]
+    assert kept.records == [short]
+    with pytest.warns(UserWarning, match="of which 0 are left out"):
+        cut = ChatDataset([long, short], tok, 40, DataOptions(on_long="cut"))
+    ids, mask = encode_dialogue(tok, long.messages)
+    assert (cut[0].input_ids, cut[0].mask) == (ids[:40], mask[:40])  # no end of turn is made up
+    asks = len(encode_prompt(tok, ASK))
+    with (
+        pytest.raises(DataError, match=r"Of 1 dialogues none is left: 0 cannot .* 1 are longer"),
+        pytest.warns(UserWarning),
+    ):
+        ChatDataset([long], tok, asks, DataOptions(on_long="cut"))  # nothing learned is left
+    pair = Pair(prompt=ASK, chosen="a", rejected="one two three " * 9)
+    brief = Pair(prompt=ASK, chosen="a", rejected="b")
+    with pytest.warns(UserWarning, match="1 of 2 pairs are longer than 40"):
+        pairs = PairDataset([pair, brief], tok, 40, DataOptions(on_long="cut"))
+    assert pairs.records == [brief]
+
+
+def test_records_that_cannot_be_encoded_can_be_left_out(tok):
+    strange = Dialogue(messages=[{"role": "tool", "content": "x"}, *dialogue("a").messages])
+    with pytest.warns(
+        UserWarning, match="1 of 2 dialogues cannot be encoded .*dialogue 0: .*unknown role tool"
+    ):
+        kept = ChatDataset([strange, dialogue("a")], tok, 50, DataOptions(on_bad_line="skip"))
+    assert len(kept) == 1
+
+
+def test_only_the_messages_that_are_to_be_learned(tok):
+    said = [*dialogue("one").messages, *dialogue("two").messages]
+    every, last = (
+        ChatDataset([Dialogue(messages=said, learned=learned)], tok, 50)[0]
+        for learned in (None, [3])
+    )
+    alone, _ = encode_dialogue(tok, said[:2])
+    assert last.input_ids == every.input_ids
+    assert last.mask == [m and i >= len(alone) for i, m in enumerate(every.mask)]
+    assert sum(last.mask) == len(encode_answer(tok, "two"))

@@ -28,6 +28,13 @@ def both(kind, path, **options):
     return [*getattr(opened, kind)("train"), *getattr(opened, kind)("heldout")]
 
 
+def zstd(data):
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
 def write_lines(path, *rows):
     text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
     path.write_text(text, encoding="utf-8")
@@ -55,6 +62,16 @@ def test_every_format_gives_the_same_documents(tmp_path):
     (tmp_path / "g.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(values).encode())
     (tmp_path / "h.JSONL").write_text(lines.rstrip("\n"))
     pq.write_table(pa.table({"text": values, "other": range(40)}), tmp_path / "i.parquet")
+    (tmp_path / "j.jsonl.zst").write_bytes(zstd(lines.encode()))
+    table = pa.table({"text": values})
+    with pa.ipc.new_stream(tmp_path / "k.arrow", table.schema) as stream:
+        stream.write_table(table)
+    with pa.ipc.new_file(tmp_path / "l.arrow", table.schema) as file:
+        file.write_table(table)
+    cells = [f'{i},"{t}"' for i, t in enumerate(values)]
+    (tmp_path / "m.csv").write_text("\n".join(["id,text", *cells]), encoding="utf-8")
+    (tmp_path / "n.tsv.gz").write_bytes(gzip.compress("\n".join(["text", *values]).encode()))
+    (tmp_path / "o.ndjson").write_text(lines)
     for file in sorted(tmp_path.iterdir()):
         splits = [[d.text for d in source(file).documents(s)] for s in ("train", "heldout")]
         # The split depends on the content alone, so it is the same in every format.
@@ -158,7 +175,7 @@ def test_what_else_can_be_made_of_records(tmp_path):
     for opened, wanted, held in (
         (pairs, "documents", "holds pairs, from which documents"),
         (pairs, "dialogues", "holds pairs, from which dialogues"),
-        (chats, "pairs", r"holds dialogues, from which pairs \(stage=reward\)"),
+        (chats, "pairs", r"holds dialogues, from which pairs \(stage=reward or"),
         (asked, "documents", "holds prompts, from which documents"),
     ):
         assert wanted not in opened.serves
@@ -172,7 +189,9 @@ def test_what_else_can_be_made_of_records(tmp_path):
 def test_text_key(tmp_path):
     file = write_lines(tmp_path / "a.jsonl", {"body": "b", "text": 5}, {"body": "c"})
     assert sorted(d.text for d in both("documents", file, text_key="body")) == ["b", "c"]
-    with pytest.raises(DataError, match=r"1 of 1 .*columns text; there must be body, messages"):
+    with pytest.raises(
+        DataError, match=r"1 of 1 .*columns text; there must be one of body, messages"
+    ):
         both("documents", write_lines(tmp_path / "b.jsonl", {"text": "t"}), text_key="body")
 
 
@@ -225,6 +244,12 @@ def test_fingerprint_follows_content(tmp_path):
 # --- damage ---
 
 GOOD = {"text": "fine"}
+GOOD_ROWS = [
+    ({"messages": [USER, ANSWER]}, "dialogues"),
+    ({"prompt": "q", "completion": "a"}, "dialogues"),
+    ({"prompt": "q", "chosen": "a", "rejected": "b"}, "pairs"),
+    ({"prompt": "q", "answer": "a"}, "prompts"),
+]
 BAD_LINES = {
     '{"text": "cut': r"not JSON \(Unterminated string",
     '{"text": 5}': "text is int 5, must be a string",
@@ -232,7 +257,7 @@ BAD_LINES = {
     '{"text": ""}': "text is empty",
     '{"text": " \\n"}': "text is empty",
     '{"text": ["a"]}': r"text is list \['a'\]",
-    '{"other": "x", "more": 1}': "columns other, more; there must be text, messages, prompt",
+    '{"other": "x", "more": 1}': "columns other, more; there must be one of text, messages, prompt",
     "{}": "columns none",
     "[1]": r"list \[1\], must be an object",
     "7": "int 7, must be an object",
@@ -243,6 +268,8 @@ BAD_LINES = {
     '{"text": "\\ud83d"}': "half a surrogate pair at character 0",
     '{"text": "a"} {"text": "b"}': r"not JSON \(Extra data",
     "[" * 100_000: "not JSON",
+}
+BAD_ROWS = {
     '{"messages": []}': r"messages is list \[\], must be a list of messages",
     '{"messages": "hi"}': "messages is str 'hi', must be a list of messages",
     '{"messages": [5]}': r"messages\[1\] is int 5, must be an object",
@@ -263,17 +290,22 @@ BAD_LINES = {
 }
 
 
-@pytest.mark.parametrize("line", BAD_LINES, ids=lambda line: line[:30])
+@pytest.mark.parametrize("line", [*BAD_LINES, *BAD_ROWS], ids=lambda line: line[:30])
 def test_bad_lines_are_counted_named_and_skipped_on_request(tmp_path, line):
-    file = write_lines(tmp_path / "a.jsonl", GOOD, "", line, GOOD, line)
-    with pytest.raises(DataError, match=BAD_LINES[line]) as said:
-        both("documents", file)
+    good, kind, reason = GOOD, "documents", BAD_LINES.get(line)
+    if reason is None:
+        names = set(json.loads(line))
+        reason = BAD_ROWS[line]
+        good, kind = next((g, k) for g, k in GOOD_ROWS if names <= g.keys())
+    file = write_lines(tmp_path / "a.jsonl", good, "", line, good, line)
+    with pytest.raises(DataError, match=reason) as said:
+        both(kind, file)
     assert f"2 of 4 records in data.path={file}" in str(said.value)
     assert f"{file} line 3: " in str(said.value)
     assert "data.on_bad_line=skip" in str(said.value)
     opened = source(file, on_bad_line="skip", heldout_fraction=0.0)
     with pytest.warns(UserWarning, match=r"2 of 4 records .* line 3: .*left out") as warned:
-        assert [d.text for d in opened.documents("train")] == ["fine", "fine"]
+        assert len(getattr(opened, kind)("train")) == 2
     assert len(warned) == 1
 
 
@@ -330,7 +362,11 @@ WHOLE_FILES = {
     "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 50)[:-12], "not a whole gzip file"),
     "not.jsonl.gz": (b'{"text": "a"}\n', "not a whole gzip file: Not a gzipped file"),
     "not.parquet": (b"PAR1 or so", "cannot be read as parquet"),
-    "table.csv": (b"text\na\n", r"table\.csv does not end in \.txt, \.jsonl"),
+    "header.csv": (b"text,text\na,b\n", r"must begin with a line of column names"),
+    "cut.jsonl.zst": (zstd(b'{"text": "a"}\n' * 50)[:-9], "not a whole zstd file"),
+    "not.jsonl.zst": (b'{"text": "a"}\n', "not a whole zstd file"),
+    "not.arrow": (b"ARROW1 or so", "cannot be read as Arrow"),
+    "sheet.xlsx": (b"text", r"sheet\.xlsx does not end in \.txt, \.jsonl"),
     "bare": (b"text", r"bare does not end in \.txt, \.jsonl"),
 }
 
@@ -368,18 +404,21 @@ def test_paths(tmp_path):
         open_source(DataOptions(name="file"), 0)
     with pytest.raises(DataError, match=r"data\.path=.*gone\.jsonl does not exist"):
         both("documents", tmp_path / "gone.jsonl")
-    with pytest.raises(
-        DataError, match=r"is a folder without any \.txt, \.jsonl, \.json, \.parquet file"
-    ):
+    with pytest.raises(DataError, match=r"is a folder without any \.txt, \.jsonl, .*\.conll file"):
         both("documents", tmp_path)
 
 
 def test_mixed_records_are_refused(tmp_path):
     file = write_lines(tmp_path / "a.jsonl", GOOD, FORMS["pair"][0])
-    with pytest.raises(
-        DataError, match=r"mixes .*text \(.*line 1\); chosen\+rejected \(.*line 2\)"
-    ):
+    said = r"line 2: column text is missing, which line 1 has .*this is chosen\+rejected"
+    with pytest.raises(DataError, match=said):
         both("documents", file)
+    write_lines(file, FORMS["pair"][0])
+    write_lines(tmp_path / "b.jsonl", GOOD)
+    with pytest.raises(
+        DataError, match=r"mixes .*text \(.*b.jsonl line 1\); chosen\+rejected \(.*a.jsonl line 1\)"
+    ):
+        both("documents", tmp_path)
 
 
 def test_good_files_warn_of_nothing(tmp_path):
