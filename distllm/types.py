@@ -50,7 +50,11 @@ class Batch:
     sample_ids: Tensor | None = None
     """[batch] int64: which samples of the data set these rows are (for packed rows: the row's number)."""
     rewards: Tensor | None = None
-    """[batch] float: one score per sequence."""
+    """[responses] float: one score per response; responses are the rows unless `response_index` says otherwise."""
+    response_index: Tensor | None = None
+    """[batch, seq] int64: which response a labelled position belongs to (0 where there is no label)."""
+    loss_mask: Tensor | None = None
+    """[batch, seq] bool: False on labelled positions that nothing is learned from (an environment's words)."""
     rollout_logprobs: Tensor | None = None
     """[batch, seq] float: log-probabilities reported by the sampler, at the positions that have a label."""
     old_logprobs: Tensor | None = None
@@ -112,7 +116,14 @@ class Rollout:
     """Which prompt of the data set."""
     sample_index: int = 0
     """Which of the prompt's samples."""
+    loss_mask: Tensor | None = None
+    """[response] bool: True on tokens the policy sampled, False on what an environment said; None means all were sampled."""
+    score: float = float("nan")
+    """What the reward function said."""
     reward: float = 0.0
+    """What is learned from: the score, shaped as configured. NaN leaves the response out."""
+    baseline: float = 0.0
+    """What `reward` is compared with, where that is known beforehand (the greedy response's reward in ReMax)."""
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     old_values: Tensor | None = None

@@ -9,8 +9,6 @@ import importlib.util
 import math
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,19 @@ from distllm import registry
 from distllm.arch.io import read_options
 from distllm.config.files import GROUPS
 from distllm.config.overrides import raise_all
+from distllm.config.rl_checks import rl_problems, rl_rules
+from distllm.config.rules import (
+    ABOVE_0_TO_1,
+    AT_LEAST_1,
+    BELOW_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    Rule,
+    by_key,
+    multiples,
+    one_of,
+)
 from distllm.config.schema import Config, leaves, options_of
 from distllm.engines.hardware import PRECISIONS, resolve_device, resolve_precision
 from distllm.engines.mesh import dp_size, mesh_problems
@@ -65,26 +76,6 @@ def data_parallel_size(config: Config) -> int:
     return dp_size(config.engine)
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """A condition on one value."""
-
-    holds: Callable[[Any], bool]
-    words: str
-
-
-POSITIVE = Rule(lambda v: v > 0, "must be above 0")
-AT_LEAST_1 = Rule(lambda v: v >= 1, "must be at least 1")
-NOT_NEGATIVE = Rule(lambda v: v >= 0, "must not be negative")
-SHARE = Rule(lambda v: 0 <= v <= 1, "must be from 0 to 1")
-BELOW_1 = Rule(lambda v: 0 <= v < 1, "must be from 0 to below 1")
-ABOVE_0_TO_1 = Rule(lambda v: 0 < v <= 1, "must be above 0 and at most 1")
-
-
-def _one_of(*words: str) -> Rule:
-    return Rule(lambda v: v in words, f"must be one of {', '.join(words)}")
-
-
 _RULES: dict[Rule, str] = {
     AT_LEAST_1: """
         stage.mean_span_length
@@ -95,15 +86,12 @@ _RULES: dict[Rule, str] = {
         train.save_every_steps train.keep_last train.num_eval_samples
         generation.max_new_tokens pipeline.rounds
         data.num_train data.num_prompts data.num_heldout
-        stage.num_samples stage.num_epochs stage.kl_horizon
         engine.start_timeout_s engine.timeout_s engine.long_timeout_s engine.bucket_mib""",
     NOT_NEGATIVE: """
         run.seed arch.init_std arch.position_offset arch.token_types arch.norm_gain_offset
         arch.num_experts arch.balance_coef arch.router_z_coef train.eval_every_steps train.max_skipped_steps hardware.threads
         optim.weight_decay optim.max_grad_norm schedule.warmup_steps generation.temperature generation.top_k
-        stage.rollout_batch_size stage.clip_high stage.kl_coef stage.target_kl stage.entropy_coef
-        stage.truncated_penalty stage.reward_clip stage.value_clip stage.value_lr stage.value_warmup_steps
-        stage.advantage_eps stage.z_loss data.limit""",
+        stage.z_loss data.limit""",
     POSITIVE: """
         arch.rope_theta arch.rope_local_theta arch.norm_eps arch.embedding_scale arch.attention_scale
         arch.attention_softcap arch.logit_softcap arch.logit_scale arch.expert_clamp arch.expert_alpha optim.lr optim.eps""",
@@ -112,23 +100,19 @@ _RULES: dict[Rule, str] = {
     ABOVE_0_TO_1: "stage.mask_rate stage.eval_mask_rate arch.rope_fraction schedule.decay_fraction generation.top_p",
     SHARE: """
         stage.mask_token_share stage.random_token_share stage.sentence_share stage.document_share stage.min_document_span
-        stage.fim_rate stage.fim_spm_rate schedule.min_lr_ratio stage.clip_low stage.gamma stage.gae_lambda""",
-    _one_of(*PRECISIONS): "train.precision",
-    _one_of("auto", "cpu", "cuda"): "hardware.device",
-    _one_of("none", "full"): "engine.activation_checkpointing",
-    _one_of("last", "likelihood"): "stage.head",
-    _one_of("auto", *PRETRAINING): "stage.objective",
-    _one_of("k1", "k2", "k3"): "stage.kl_kind",
-    _one_of("token", "sequence"): "stage.aggregation",
-    _one_of("keep", "penalise", "mask"): "stage.truncated",
+        stage.fim_rate stage.fim_spm_rate schedule.min_lr_ratio""",
+    one_of(*PRECISIONS): "train.precision",
+    one_of("auto", "cpu", "cuda"): "hardware.device",
+    one_of("none", "full"): "engine.activation_checkpointing",
+    one_of("last", "likelihood"): "stage.head",
+    one_of("auto", *PRETRAINING): "stage.objective",
 }  # fmt: skip
 
 
 @functools.cache
 def rules() -> dict[str, Rule]:
     """Return dotted key -> what its value must fulfil. A key that this run's options do not have is skipped."""
-    fixed = {key: rule for rule, keys in _RULES.items() for key in keys.split()}
-    return fixed | {"stage.reward": _one_of("auto", *registry.names("reward"))}
+    return by_key(_RULES) | rl_rules()
 
 
 def field_problems(config: Config) -> list[str]:
@@ -152,7 +136,7 @@ def cross_problems(config: Config, dp_size: int = 1) -> list[str]:
         *_batch_problems(config, dp_size),
         *_arch_problems(config),
         *_schedule_problems(config),
-        *_rl_problems(config),
+        *rl_problems(config),
     ]
 
 
@@ -164,7 +148,7 @@ def _batch_problems(config: Config, dp_size: int) -> list[str]:
     return [
         f"train.global_batch_size={train.global_batch_size} is not a multiple of micro_batch_size "
         f"({train.micro_batch_size}) x dp_size ({dp_size}) = {unit}. "
-        f"Set {_multiples(train.global_batch_size, unit)}."
+        f"Set {multiples(train.global_batch_size, unit)}."
     ]
 
 
@@ -180,7 +164,7 @@ def _arch_problems(config: Config) -> list[str]:
     if hasattr(arch, "d_head") and arch.d_head is None and arch.d_model % heads:
         problems.append(
             f"arch.d_model={arch.d_model} is not a multiple of arch.n_heads={heads}. "
-            f"Set arch.d_model to {_multiples(arch.d_model, heads)}, or set arch.d_head."
+            f"Set arch.d_model to {multiples(arch.d_model, heads)}, or set arch.d_head."
         )
     elif hasattr(arch, "d_head") and (arch.d_head or arch.d_model // heads) % 2:
         d_head = arch.d_head or arch.d_model // heads
@@ -203,50 +187,6 @@ def _schedule_problems(config: Config) -> list[str]:
         f"schedule.warmup_steps={warmup} is not below train.max_steps={steps}: the peak learning rate would never "
         f"be reached. Set schedule.warmup_steps={steps // 10} or train.max_steps={warmup * 10}."
     ]
-
-
-def _rl_problems(config: Config) -> list[str]:
-    stage, problems = config.stage, []
-    if stage.name in SUPERVISED:
-        return problems
-    batch, samples = config.train.global_batch_size, stage.num_samples
-    if batch % samples:
-        problems.append(
-            f"train.global_batch_size={batch} (responses) is not a multiple of stage.num_samples={samples} "
-            f"(responses per prompt). Set {_multiples(batch, samples)}."
-        )
-    if stage.rollout_batch_size % batch:
-        problems.append(
-            f"stage.rollout_batch_size={stage.rollout_batch_size} is not a multiple of "
-            f"train.global_batch_size={batch}. Set {_multiples(stage.rollout_batch_size, batch)}, or 0."
-        )
-    if stage.name == "grpo" and samples < 2:
-        problems.append(
-            f"stage.num_samples={samples}: grpo compares the responses to one prompt with each other and needs "
-            "at least 2. Set stage.num_samples=8."
-        )
-    if stage.reward == "model" and not stage.reward_model:
-        problems.append(
-            "stage.reward=model needs a reward model. Set stage.reward_model=DIR, the model/ of a stage=reward run."
-        )
-    generation = config.generation
-    if generation.top_k or generation.top_p < 1 or generation.stop:
-        problems.append(
-            f"generation.top_k={generation.top_k} generation.top_p={generation.top_p} "
-            f"generation.stop={generation.stop}: RL learns from the distribution it samples from, so all three must "
-            "be off. Set generation.top_k=0 generation.top_p=1 generation.stop=[]."
-        )
-    if config.generation.temperature == 0:
-        problems.append(
-            "generation.temperature=0 samples the same response each time, so there is nothing to learn from. "
-            "Set generation.temperature=1."
-        )
-    if config.model is None and config.generation.max_new_tokens >= config.arch.max_seq_len:
-        problems.append(
-            f"generation.max_new_tokens={config.generation.max_new_tokens} leaves no room for a prompt in "
-            f"arch.max_seq_len={config.arch.max_seq_len}. Set at most {config.arch.max_seq_len // 2}."
-        )
-    return problems
 
 
 def data_problems(config: Config) -> list[str]:
@@ -318,11 +258,6 @@ def machine_problems(config: Config) -> list[str]:
                 f"{key}={path} is not a directory. Give the directory of a model, such as RUN/model."
             )
     return problems
-
-
-def _multiples(value: int, unit: int) -> str:
-    below, above = value // unit * unit, (value // unit + 1) * unit
-    return f"{below} or {above}" if below else f"{above}"
 
 
 def _advise(key: str, defaults: dict[str, Any], rule: str) -> str:

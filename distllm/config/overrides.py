@@ -141,7 +141,8 @@ def unknown_key(key: str, known: Iterable[str], elsewhere: Sequence[str] = ()) -
             "Set WANDB_API_KEY or HF_TOKEN."
         )
     if elsewhere:
-        return f"{key} is a setting of {' and '.join(elsewhere)}, which this run does not use."
+        listed = ", ".join([*elsewhere[:-2], " and ".join(elsewhere[-2:])])
+        return f"{key} is a setting of {listed}, which this run does not use."
     inside = [k for k in known if k.startswith(f"{key}.")]
     if inside:
         return f"{key} is a group of settings. Set one of them: {', '.join(inside)}."

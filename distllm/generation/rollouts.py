@@ -12,7 +12,8 @@ from distllm.engines import collectives
 from distllm.types import Rollout
 
 FINISH_REASONS = ("stop", "length")
-_FIXED = ("prompt_ids", "response_ids", "prompt_index", "sample_index", "reward", "finish_reason")
+_SCALARS = ("score", "reward", "baseline")
+_FIXED = ("prompt_ids", "response_ids", "prompt_index", "sample_index", "finish_reason", *_SCALARS)
 TOKEN_FIELDS = tuple(f.name for f in fields(Rollout) if f.name not in _FIXED)
 """Fields of a rollout that hold one number per response token, or None."""
 
@@ -28,9 +29,10 @@ def pack_rollouts(rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
         "response_lengths": torch.tensor([len(r.response_ids) for r in rollouts]),
         "prompt_index": torch.tensor([r.prompt_index for r in rollouts]),
         "sample_index": torch.tensor([r.sample_index for r in rollouts]),
-        "reward": torch.tensor([r.reward for r in rollouts], dtype=torch.float64),
         "finish_reason": torch.tensor([FINISH_REASONS.index(r.finish_reason) for r in rollouts]),
     }
+    for name in _SCALARS:
+        tensors[name] = torch.tensor([getattr(r, name) for r in rollouts], dtype=torch.float64)
     for name in TOKEN_FIELDS:
         parts = [getattr(r, name) for r in rollouts]
         if parts[0] is not None:
@@ -55,7 +57,7 @@ def unpack_rollouts(tensors: Mapping[str, Tensor]) -> list[Rollout]:
             finish_reason=FINISH_REASONS[reason],
             prompt_index=int(tensors["prompt_index"][i]),
             sample_index=int(tensors["sample_index"][i]),
-            reward=tensors["reward"][i].item(),
+            **{name: tensors[name][i].item() for name in _SCALARS},  # type: ignore[arg-type]
         )
         rollouts.append(replace(bare, **{n: v[i].clone() for n, v in token_fields.items()}))
     return rollouts

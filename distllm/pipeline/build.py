@@ -28,6 +28,7 @@ from distllm.data.tokenizer import (
 from distllm.engines.base import Engine, build_engine
 from distllm.engines.collectives import on_main, together
 from distllm.errors import ConfigError
+from distllm.tracking.base import Tracker
 from distllm.train.loop import Source
 
 _log = logging.getLogger("distllm")
@@ -48,6 +49,8 @@ class Parts:
     """Measure held-out data: metrics, and sample records. All ranks call it, and all get the same."""
     baselines: Callable[[], dict[str, float]] = dict
     """Measure once, before training, what the stage has to beat: `baseline/...`. All ranks call it."""
+    connect: Callable[[Tracker, Callable[[], bool]], None] = lambda *_: None
+    """Called once before training with where samples go and whether a stop was requested."""
     finish: Callable[[], None] = lambda: None
     """Called once after training, before the final evaluation and export."""
     parents: dict[str, str] = field(default_factory=dict)

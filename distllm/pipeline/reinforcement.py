@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from distllm import registry
@@ -21,7 +22,12 @@ from distllm.pipeline.measure import (
 from distllm.pipeline.supervised import REWARD_HEADS
 from distllm.rl.loop import Learning, RolloutSource, Sampling
 from distllm.rl.scoring import score_logprobs
+from distllm.tracking.base import Tracker
 from distllm.train.evaluate import exact_match_metrics
+from distllm.types import Prompt, Rollout
+
+NUM_SAMPLES_KEPT = 4
+"""Responses of each batch that are written to samples.jsonl."""
 
 _log = logging.getLogger("distllm")
 
@@ -43,6 +49,7 @@ def build(builder: Builder) -> Parts:
         pad_id=builder.pad_id,
         temperature=config.generation.temperature,
         batch_size=config.train.micro_batch_size,
+        max_response_tokens=config.generation.max_new_tokens,
         on_policy=stage.num_epochs == 1
         and stage.rollout_batch_size in (0, config.train.global_batch_size),
     )
@@ -61,6 +68,8 @@ def build(builder: Builder) -> Parts:
     reward, parents = _reward(builder, join, engines)
 
     limit = policy.model.options.max_seq_len - config.generation.max_new_tokens  # type: ignore[union-attr]
+    if getattr(stage, "bootstrap_truncated", False):
+        limit -= 1  # the value after the last token needs a place of its own
     prompts = PromptDataset(builder.data.prompts("train"), builder.tokenizer, limit, config.data)
     sampling = Sampling(
         options=config.generation,
@@ -98,7 +107,14 @@ def build(builder: Builder) -> Parts:
             metrics["eval/kl_ref"] = sum(kl) / len(kl)
         return metrics, sample_records(greedy)
 
+    def connect(tracker: Tracker, stop_requested: Callable[[], bool]) -> None:
+        source.stop_requested = stop_requested
+        source.on_rollouts = lambda step, prompts, rollouts, texts: keep_samples(
+            tracker, stage.name, step, prompts, rollouts, texts
+        )
+
     return Parts(
+        connect=connect,
         tokenizer=builder.tokenizer,
         data=builder.data,
         engines=engines,
@@ -108,6 +124,33 @@ def build(builder: Builder) -> Parts:
         facts={"reward": "model" if "reward" in engines else stage.reward},
         parents=parents | ({"policy": config.model} if config.model else {}),
     )
+
+
+def keep_samples(
+    tracker: Tracker,
+    stage: str,
+    step: int,
+    prompts: Sequence[Prompt],
+    rollouts: Sequence[Rollout],
+    texts: Sequence[str],
+) -> None:
+    """Write a few of the sampled responses, spread over the batch, with what the reward function said."""
+    stride = max(1, len(rollouts) // NUM_SAMPLES_KEPT)
+    for i in range(0, len(rollouts), stride)[:NUM_SAMPLES_KEPT]:
+        tracker.sample(
+            {
+                "step": step,
+                "stage": stage,
+                "when": "train",
+                "prompt": prompts[i].messages[-1]["content"],
+                "response": texts[i],
+                "answer": prompts[i].answer,
+                "task": prompts[i].task,
+                "reward": rollouts[i].score,
+                "tokens": len(rollouts[i].response_ids),
+                "finish_reason": rollouts[i].finish_reason,
+            }
+        )
 
 
 def _reward(builder: Builder, join: Any, engines: dict[str, Engine]) -> tuple[Any, dict[str, str]]:

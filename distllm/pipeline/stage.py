@@ -139,6 +139,7 @@ def _train(
     model: Any = main.model
     tracked = state.restore(loop)
     tracker.restore(tracked or {}, loop.step)
+    parts.connect(tracker, loop.stop_requested)
     before_s = notes["train_s"]
     if notes["before"] is None:
         measured = measure("before", 0)

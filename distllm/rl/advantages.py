@@ -4,7 +4,7 @@ Nothing here knows a model, a batch or a rank. Who calls these, and with which s
 `rl/loop.py` and `rl/algorithms/`. Every function works in the dtype it is given, at least float32.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,12 @@ MAX_LOG_RATIO = 20.0
 
 
 def gae(
-    rewards: Tensor, values: Tensor, gamma: float, lam: float, last_value: float = 0.0
+    rewards: Tensor,
+    values: Tensor,
+    gamma: float,
+    lam: float,
+    last_value: float = 0.0,
+    mask: Sequence[bool] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Estimate advantages of one response by generalised advantage estimation.
 
@@ -33,6 +38,9 @@ def gae(
         gamma: discount per token.
         lam: 0 trusts the value model (one-step error), 1 trusts the sampled return.
         last_value: value of the state after the last token.
+        mask: False on tokens the policy did not sample (an environment's words). They are no time
+            steps: V and A are carried across them, their rewards count for the token before, and
+            their own advantage is 0 and return V. None means all were sampled.
 
     Returns:
         Advantages and returns, both `[response]`. Returns come from unwhitened advantages.
@@ -45,11 +53,14 @@ def gae(
     # Plain floats: a loop over 64 tensor elements costs 20 times the arithmetic.
     reward_list, value_list = rewards.tolist(), values.tolist()
     advantages = [0.0] * len(reward_list)
-    next_value, next_advantage = last_value, 0.0
+    next_value, next_advantage, carried = last_value, 0.0, 0.0
     for t in reversed(range(len(reward_list))):
-        delta = reward_list[t] + gamma * next_value - value_list[t]
+        carried += reward_list[t]
+        if mask is not None and not mask[t]:
+            continue
+        delta = carried + gamma * next_value - value_list[t]
         next_advantage = delta + gamma * lam * next_advantage
-        next_value = value_list[t]
+        next_value, carried = value_list[t], 0.0
         advantages[t] = next_advantage
     result = torch.tensor(advantages, dtype=dtype, device=rewards.device)
     return result, result + values.to(dtype)
@@ -102,6 +113,38 @@ def group_advantages(
         centred = centred / (variance.sqrt() + eps)
     advantages = centred.masked_fill(~spread, 0.0)
     return advantages, float((~spread).sum()) / max(num_prompts, 1)
+
+
+def leave_one_out(rewards: Tensor) -> tuple[Tensor, float]:
+    """Compare each response with the mean of the *other* responses to the same prompt.
+
+    A_ij = r_ij - mean_{k != j}(r_ik) = n / (n - 1) (r_ij - mean_k(r_ik)). What a response is compared
+    with does not depend on itself, so the policy gradient stays unbiased. Rewards that are not
+    finite are left out as in `group_advantages`.
+
+    Args:
+        rewards: `[prompts, samples]`.
+
+    Returns:
+        Advantages `[prompts, samples]`, and the fraction of groups without spread.
+
+    Raises:
+        ConfigError: the groups hold one sample each.
+
+    Reference: Kool et al., 2019, "Buy 4 REINFORCE samples, get a baseline for free!"; Ahmadian et
+    al., 2024, arXiv 2402.14740, equation 7.
+    """
+    centred, zero_spread = group_advantages(rewards, scale_by_std=False)
+    count = torch.isfinite(rewards).sum(dim=1, keepdim=True)
+    return centred * count / (count - 1).clamp(min=1), zero_spread
+
+
+def returns_to_go(rewards: Tensor, gamma: float = 1.0) -> Tensor:
+    """G_t = r_t + gamma G_{t+1} of one response, `[response]` to `[response]`."""
+    following, out = 0.0, [0.0] * len(rewards)
+    for t, reward in reversed(list(enumerate(rewards.tolist()))):
+        out[t] = following = reward + gamma * following
+    return torch.tensor(out, dtype=torch.promote_types(rewards.dtype, torch.float32))
 
 
 def whiten(
@@ -167,14 +210,26 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
     raise ConfigError(f"kl_kind={kind} is unknown. Known: k1, k2, k3.")
 
 
-def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
+def kl_loss(
+    logprobs: Tensor, ref_logprobs: Tensor, kind: str, ratio: Tensor | None = None
+) -> Tensor:
     """Return `kl_estimate` as a loss: the value of `kind`, the gradient of the true divergence.
 
-    On policy the gradient of KL(policy || reference) is E[d grad log policy], which is the gradient
-    of k2 and of no other estimator. The value shown stays that of `kind`.
+    On policy the gradient of KL(policy || reference) at a state is E[d grad log policy], which is the
+    gradient of k2 and of no other estimator. Of samples from an older policy the same expectation
+    needs the importance weight `ratio`. The value shown stays that of `kind`. What a token does to
+    the states after it is not part of a loss per token: only a KL in the reward accounts for it.
+
+    Args:
+        logprobs: log-probabilities of the sampled tokens under the policy, any shape.
+        ref_logprobs: the same under the reference.
+        kind: `k1`, `k2` or `k3`.
+        ratio: exp(l - l_old) per token, without gradient; None where the policy has not moved.
 
     Reference: arXiv 2506.09477, on the gradients of KL estimators.
     """
     value = kl_estimate(logprobs, ref_logprobs, kind).detach()
     carrier = kl_estimate(logprobs, ref_logprobs, "k2")
+    if ratio is not None:
+        carrier = carrier * ratio
     return value + (carrier - carrier.detach())

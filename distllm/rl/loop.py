@@ -1,17 +1,17 @@
-"""The source of RL work: sample, score, prepare, then hand out the updates one optimizer step at a time.
+"""The source of RL work: sample, reward, prepare, then hand out the updates one optimizer step at a time.
 
 Ranks share the work of sampling and scoring; afterwards each holds all rollouts, so that whatever an algorithm does with
 a whole batch (groups, whitening) knows no ranks. Each update is cut into shares again.
 
-`train/loop.py` runs it like any other stage. A checkpoint may fall between two updates of one batch of rollouts, so
-the rollouts themselves are part of the state.
+`train/loop.py` runs it like any other stage. A checkpoint may fall between any two of these phases, and between two
+updates of one batch of rollouts, so the rollouts themselves are part of the state.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,6 +30,7 @@ from distllm.optim.constant import Constant
 from distllm.rl.algorithm import Algorithm
 from distllm.rl.options import RLOptions
 from distllm.rl.scoring import summarise
+from distllm.rl.shaping import shape_rewards
 from distllm.train.ledger import Ledger
 from distllm.train.loop import Work
 from distllm.train.options import TrainOptions
@@ -66,6 +67,10 @@ class Learning:
     options: TrainOptions
 
 
+GREEDY = -1
+"""`sample_index` of the greedy response that some algorithms compare with."""
+
+
 class RolloutSource:
     """Samples with the policy as it is, and hands the responses out as mini-batches."""
 
@@ -83,13 +88,26 @@ class RolloutSource:
         self.reward, self.sampling, self.learning, self.seed = reward, sampling, learning, seed
         self.sampler = make_sampler(prompts, seed, shuffle=learning.options.shuffle)
         self.ledger = Ledger()
+        self.phase = "sample"
+        """What comes next: `sample`, `reward`, `prepare`, or `update`."""
         self.rollouts: list[Rollout] = []
+        """What the updates learn from; while a batch is being collected, what was accepted so far."""
+        self.fresh: list[Rollout] = []
+        """Sampled in this round and not scored yet."""
+        self.spare: list[Rollout] = []
+        """Scored and not accepted: they fill the batch up when the rounds are used up."""
+        self.num_rounds = 0
+        """Rounds of sampling for the present batch."""
         self.num_rollouts = 0
-        """Batches of rollouts sampled so far."""
+        """Batches of rollouts begun so far."""
         self.next_update = 0
         """Which update of the present rollouts comes next."""
-        self.on_rollouts: Any = None
-        """Called with the scored rollouts and their texts, to keep samples."""
+        self.pending: dict[str, float] = {}
+        """Metrics of the phases that are done, handed out with the first update."""
+        self.stop_requested: Callable[[], bool] = lambda: False
+        """Asked between two phases: sampling and scoring may take longer than a signal can wait."""
+        self.on_rollouts: Callable[..., None] = lambda *_: None
+        """Called with (step, prompts, rollouts, texts) once they are scored, to keep samples."""
 
     @property
     def rollout_batch_size(self) -> int:
@@ -107,23 +125,55 @@ class RolloutSource:
         mini_batches = self.rollout_batch_size // self.learning.options.global_batch_size
         return self.options.num_epochs * mini_batches
 
-    def next(self, step: int) -> tuple[list[Work], dict[str, float]]:
-        """Return the work of 0-based `step`, sampling first when the last responses are used up."""
-        metrics: dict[str, float] = {}
-        if not self.rollouts:
-            metrics = self._collect()
+    @property
+    def _group_size(self) -> int:
+        """Responses to one prompt, the greedy one included."""
+        return self.options.num_samples + self.algorithm.samples_greedy
+
+    def next(self, step: int) -> tuple[list[Work], dict[str, float]] | None:
+        """Return the work of 0-based `step`, sampling first when the last responses are used up.
+
+        Returns None when a stop was requested between two phases; the state then says how far they came.
+        """
+        while self.phase != "update":
+            if self.stop_requested():
+                return None
+            clock = time.monotonic()
+            key = f"time/{self.phase}_s"
+            {"sample": self._sample, "reward": self._reward, "prepare": self._prepare}[self.phase](
+                step
+            )
+            self.pending[key] = self.pending.get(key, 0.0) + time.monotonic() - clock
+        metrics, self.pending = self.pending, {}
         examples = self._mini_batch(self.next_update)
         self.next_update += 1
         if self.next_update == self.updates_per_rollout:
-            self.rollouts, self.next_update = [], 0
+            self.rollouts, self.next_update, self.phase = [], 0, "sample"
         return self._work(step, examples), metrics
 
-    def _collect(self) -> dict[str, float]:
-        """Sample, score, prepare."""
-        clock = time.monotonic()
-        count = self.rollout_batch_size // self.options.num_samples
+    def _sample(self, step: int) -> None:
+        """Answer as many prompts as the batch still lacks."""
+        if not self.num_rounds:
+            self.num_rollouts += 1
+        self.num_rounds += 1
+        num_prompts = self.rollout_batch_size // self.options.num_samples
+        count = num_prompts - len(self.rollouts) // self._group_size
         position = self.ledger.position
         ids = self.ledger.take(self.sampler, count)
+        sampled = self._generate(ids, position, self.sampling.options, self.options.num_samples)
+        if self.algorithm.samples_greedy:
+            greedy = self._generate(ids, position, replace(self.sampling.options, temperature=0), 1)
+            size = self.options.num_samples
+            for i, rollout in enumerate(greedy):
+                rollout.sample_index = GREEDY
+                self.fresh += [*sampled[i * size : (i + 1) * size], rollout]
+        else:
+            self.fresh = sampled
+        self.phase = "reward"
+
+    def _generate(
+        self, ids: list[int], position: int, options: GenerationOptions, num_samples: int
+    ) -> list[Rollout]:
         chosen = together(lambda: [self.prompts[i] for i in ids])
         with phase("sampling"), self.engines["policy"].sampling() as model:
 
@@ -131,50 +181,58 @@ class RolloutSource:
                 return generate(
                     model,  # type: ignore[arg-type]
                     [chosen[n].prompt_ids for n in numbers],
-                    self.sampling.options,
+                    options,
                     end_ids=self.sampling.end_ids,
                     pad_id=self.sampling.pad_id,
-                    seed=derive_seed(self.seed, self.num_rollouts),
+                    seed=derive_seed(self.seed, self.num_rollouts - 1),
                     # Positions, not ids: a prompt that comes twice at an epoch's end gets noise of its own.
                     prompt_indices=[position + n for n in numbers],
-                    num_samples=self.options.num_samples,
+                    num_samples=num_samples,
                 )
 
-            rollouts = spread(count, sample, self.options.num_samples)
-        self.num_rollouts += 1
-        sampled = time.monotonic()
-
+            rollouts = spread(len(ids), sample, num_samples)
         for rollout in rollouts:
             rollout.prompt_index = ids[rollout.prompt_index - position]
-        texts = [self.sampling.decode(r.response_ids) for r in rollouts]
-        prompts = [p.prompt for p in chosen for _ in range(self.options.num_samples)]
-        with phase("reward"):
-            rewards = self.reward.score(prompts, rollouts, texts)
-        for rollout, reward in zip(rollouts, rewards, strict=True):
-            rollout.reward = self._shape(reward, rollout)
-        metrics = summarise(rollouts)
-        if self.on_rollouts is not None:
-            self.on_rollouts(self.num_rollouts, prompts, rollouts, texts)
-        scored = time.monotonic()
+        return rollouts
 
+    def _reward(self, step: int) -> None:
+        """Score what was sampled, and keep the groups that the algorithm accepts."""
+        fresh, size = self.fresh, self._group_size
+        texts = [self.sampling.decode(r.response_ids) for r in fresh]
+        prompts = [self.prompts[r.prompt_index].prompt for r in fresh]
         with phase("reward"):
-            metrics |= self.algorithm.prepare(rollouts, self.engines)
-        self.rollouts, self.next_update = rollouts, 0
-        metrics["time/sampling_s"] = sampled - clock
-        metrics["time/reward_s"] = scored - sampled
-        metrics["time/prepare_s"] = time.monotonic() - scored
-        return metrics
+            scores = self.reward.score(prompts, fresh, texts)
+        for rollout, score in zip(fresh, scores, strict=True):
+            rollout.score = score
+        self.on_rollouts(step, prompts, fresh, texts)
+        for start in range(0, len(fresh), size):
+            group = fresh[start : start + size]
+            accepted = self.algorithm.accept([r for r in group if r.sample_index != GREEDY])
+            (self.rollouts if accepted else self.spare).extend(group)
+        self.fresh = []
+        wanted = self.rollout_batch_size // self.options.num_samples * size
+        lacks = wanted - len(self.rollouts)
+        if lacks and self.num_rounds < self.algorithm.max_rounds:
+            self.phase = "sample"
+            return
+        num_sampled = len(self.rollouts) + len(self.spare)
+        if self.algorithm.max_rounds > 1:
+            self.pending["rl/sampling_rounds"] = float(self.num_rounds)
+            self.pending["rl/rejected_groups"] = len(self.spare) / num_sampled
+        self.rollouts += self.spare[:lacks]
+        self.spare, self.num_rounds, self.phase = [], 0, "prepare"
 
-    def _shape(self, reward: float, rollout: Rollout) -> float:
-        """Clip the reward, and treat a truncated response as configured (NaN leaves it out)."""
-        if self.options.reward_clip:
-            reward = float(np.clip(reward, -self.options.reward_clip, self.options.reward_clip))
-        if rollout.finish_reason == "length":
-            if self.options.truncated == "penalise":
-                return reward - self.options.truncated_penalty
-            if self.options.truncated == "mask":
-                return float("nan")
-        return reward
+    def _prepare(self, step: int) -> None:
+        """Shape the rewards, and fill in what the objectives need."""
+        shape_rewards(self.rollouts, self.options, self.sampling.options.max_new_tokens)
+        greedy = {r.prompt_index: r.reward for r in self.rollouts if r.sample_index == GREEDY}
+        self.rollouts = [r for r in self.rollouts if r.sample_index != GREEDY]
+        for rollout in self.rollouts:
+            rollout.baseline = greedy.get(rollout.prompt_index, 0.0)
+        self.pending |= summarise(self.rollouts)
+        with phase("reward"):
+            self.pending |= self.algorithm.prepare(self.rollouts, self.engines)
+        self.next_update, self.phase = 0, "update"
 
     def _mini_batch(self, update: int) -> list[Rollout]:
         """Return the responses of update number `update`, in an order drawn anew for each epoch."""
@@ -212,15 +270,23 @@ class RolloutSource:
         """Return the rollouts in use as tensors, and counters as JSON."""
         state = {
             "ledger": self.ledger.state(),
+            "phase": self.phase,
             "num_rollouts": self.num_rollouts,
+            "num_rounds": self.num_rounds,
             "next_update": self.next_update,
+            "pending": self.pending,
             "algorithm": self.algorithm.state(),
+            "counts": [len(self.rollouts), len(self.spare), len(self.fresh)],
         }
-        return pack_rollouts(self.rollouts), state
+        return pack_rollouts([*self.rollouts, *self.spare, *self.fresh]), state
 
     def load_state(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Take over what `state` returned."""
         self.ledger.load_state(state["ledger"])
-        self.num_rollouts, self.next_update = state["num_rollouts"], state["next_update"]
+        for name in ("phase", "num_rollouts", "num_rounds", "next_update", "pending"):
+            setattr(self, name, state[name])
         self.algorithm.load_state(state["algorithm"])
-        self.rollouts = unpack_rollouts(tensors)
+        everything = iter(unpack_rollouts(tensors))
+        self.rollouts, self.spare, self.fresh = (
+            [next(everything) for _ in range(count)] for count in state["counts"]
+        )

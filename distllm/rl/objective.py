@@ -1,8 +1,9 @@
-"""The clipped policy loss, and how ragged rollouts become a batch.
+"""The policy's loss: a surrogate per token, the KL and the entropy, each summed over the response tokens of a batch.
 
-    loss = mean over tokens of max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)),  rho = exp(l - l_old)
+    loss = sum_t weight_t [ w_t surrogate_t + kl_coef KL_t - entropy_coef H_t ] / total
 
-Reference: Schulman et al. 2017, arXiv 1707.06347, equation 7; asymmetric clip: Yu et al. 2025, arXiv 2503.14476.
+The weights and the total follow from `stage.aggregation` (`layout.py`), the surrogate from the algorithm
+(`surrogate.py`), w_t from `stage.off_policy`.
 """
 
 from __future__ import annotations
@@ -12,59 +13,39 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from distllm.rl.advantages import MAX_LOG_RATIO, kl_estimate, kl_loss
+from distllm.rl.advantages import kl_estimate, kl_loss
+from distllm.rl.layout import Join, Tokens, collate_rollouts, hidden_states, response_tokens
 from distllm.rl.options import RLOptions
-from distllm.types import IGNORE_INDEX, Batch, LossOutput, Model, Rollout
+from distllm.rl.surrogate import Surrogate, off_policy_weights, token_ratio
+from distllm.types import Batch, LossOutput, Model, Rollout
 
-Join = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]], int], Batch]
-TOKEN_FIELDS = (
-    "rollout_logprobs",
-    "old_logprobs",
-    "ref_logprobs",
-    "old_values",
-    "advantages",
-    "returns",
-)
-
-
-def collate_rollouts(rollouts: Sequence[Rollout], join: Join, pad_id: int) -> Batch:
-    """Lay rollouts out as model inputs; per-token fields land where the labels are, zeros elsewhere."""
-    batch = join([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], pad_id)
-    assert batch.labels is not None
-    mask = batch.labels != IGNORE_INDEX
-    for name in TOKEN_FIELDS:
-        parts = [getattr(r, name) for r in rollouts]
-        if all(p is not None for p in parts):
-            flat = torch.cat(parts)
-            setattr(batch, name, flat.new_zeros(mask.shape).masked_scatter_(mask, flat))
-    batch.rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float64)
-    batch.sample_ids = torch.tensor([r.prompt_index for r in rollouts])
-    return batch
-
-
-def per_response(rollouts: Sequence[Rollout], batch: Batch, values: Tensor) -> list[Tensor]:
-    """Undo the layout: take `values` [batch, seq] at the labels, one tensor [response] per rollout."""
-    assert batch.labels is not None
-    flat = values[batch.labels != IGNORE_INDEX].detach().cpu()
-    return list(flat.split([len(r.response_ids) for r in rollouts]))
+SurrogateOf = Callable[[Tensor, Tensor, Tensor, Tokens], Surrogate]
+"""(logprobs, old logprobs, advantages, tokens) -> surrogate."""
 
 
 class PolicyObjective:
-    """Clipped surrogate, optionally with KL and entropy terms, each normalised by the same weight."""
+    """An algorithm's surrogate, optionally with KL and entropy terms, each normalised by the same weight."""
 
     def __init__(
-        self, options: RLOptions, join: Join, pad_id: int, temperature: float, kl_in_loss: bool
+        self,
+        options: RLOptions,
+        surrogate: SurrogateOf,
+        *,
+        join: Join,
+        pad_id: int,
+        temperature: float,
+        max_response_tokens: int,
     ) -> None:
-        self.options, self.join, self.pad_id = options, join, pad_id
-        self.temperature = temperature
-        self.kl_in_loss = kl_in_loss
+        self.options, self.surrogate = options, surrogate
+        self.join, self.pad_id = join, pad_id
+        self.temperature, self.max_response_tokens = temperature, max_response_tokens
         self.kl_coef = options.kl_coef
 
     @property
     def coefficients(self) -> Mapping[str, float]:
         """Terms that are switched on; the KL coefficient may move while training."""
         terms = {"policy": 1.0}
-        if self.kl_in_loss and self.options.kl_coef:
+        if self.options.kl_in == "loss" and self.options.kl_coef:
             terms["kl"] = self.kl_coef
         if self.options.entropy_coef:
             terms["entropy"] = -self.options.entropy_coef
@@ -72,60 +53,94 @@ class PolicyObjective:
 
     def collate(self, examples: Sequence[Rollout]) -> Batch:
         """Lay out rollouts."""
-        return collate_rollouts(examples, self.join, self.pad_id)
+        return collate_rollouts(examples, self.join, self.pad_id, self.options.pack)
 
     def weights(self, batch: Batch) -> dict[str, Tensor]:
         """Count response tokens, or responses."""
-        weight = self._token_weights(batch).sum()
-        return dict.fromkeys(self.coefficients, weight)
+        return dict.fromkeys(self.coefficients, self._tokens(batch).total)
 
     def loss(self, model: Model, batch: Batch) -> LossOutput:
         """Compare the policy now with the policy that sampled."""
-        out = model(**batch.inputs(), compute_logits=False)
-        logprobs, entropy = model.head.logprobs(
-            out.last_hidden_state, batch.labels, self.temperature
+        tokens = self._tokens(batch)
+        everywhere = model.head.logprobs(
+            hidden_states(model, batch), batch.labels, self.temperature
         )
-        weight = self._token_weights(batch)
-        mask = weight > 0
-        old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
-        advantages = batch.advantages
-        assert advantages is not None
+        logprobs, entropy = (x[tokens.at] for x in everywhere)
+        on_policy = batch.old_logprobs is None
+        old = logprobs.detach() if on_policy else tokens.take(batch.old_logprobs)
+        surrogate = self.surrogate(logprobs, old, tokens.take(batch.advantages), tokens)
+        ratio = token_ratio(logprobs.detach(), old)
 
-        log_ratio = (logprobs - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        ratio = log_ratio.exp()
-        clipped = ratio.clamp(1 - self.options.clip_low, 1 + self.options.clip_high)
-        surrogate = torch.maximum(-advantages * ratio, -advantages * clipped)
-
-        losses = {"policy": (surrogate * weight).sum()}
+        policy = surrogate.loss
+        if self.options.off_policy != "none":
+            policy = policy * self._off_policy_weights(old, batch, tokens)
+        losses = {"policy": _weighted_sum(policy, tokens)}
         if "entropy" in self.coefficients:
-            losses["entropy"] = (entropy * weight).sum()
+            losses["entropy"] = _weighted_sum(entropy, tokens)
         if "kl" in self.coefficients:
-            assert batch.ref_logprobs is not None
-            kl = kl_loss(logprobs, batch.ref_logprobs, self.options.kl_kind)
-            losses["kl"] = (kl * weight).sum()
-
+            ref = tokens.take(batch.ref_logprobs)
+            kl = kl_loss(logprobs, ref, self.options.kl_kind, ratio)
+            losses["kl"] = _weighted_sum(kl, tokens)
         with torch.no_grad():
-            count = mask.sum().double()
-            is_clipped = (-advantages * clipped > -advantages * ratio) & mask
-            metrics = {
-                "rl/clip_fraction": (is_clipped.sum().double(), count),
-                "rl/entropy": ((entropy * mask).sum().double(), count),
-                "rl/approx_kl": ((kl_estimate(logprobs, old, "k3") * mask).sum().double(), count),
-            }
-            if batch.ref_logprobs is not None:
-                kl = (kl_estimate(logprobs, batch.ref_logprobs, "k1") * mask).sum().double()
-                metrics["rl/kl_ref"] = (kl, mask.any(dim=1).sum().double())
-            if batch.rollout_logprobs is not None:
-                gap = (old - batch.rollout_logprobs).abs() * mask
-                metrics["rl/sampler_mismatch"] = (gap.sum().double(), count)
+            metrics = self._metrics(logprobs, old, entropy, ratio, surrogate, batch, tokens)
         return LossOutput(losses, metrics)
 
-    def _token_weights(self, batch: Batch) -> Tensor:
-        """[batch, seq] float64: 1 per response token, or 1 / length so that each response weighs 1."""
-        assert batch.labels is not None
-        mask = (batch.labels != IGNORE_INDEX).double()
-        if batch.rewards is not None:
-            mask = mask * torch.isfinite(batch.rewards)[:, None]
-        if self.options.aggregation == "token":
-            return mask
-        return mask / mask.sum(dim=1, keepdim=True).clamp(min=1)
+    def _tokens(self, batch: Batch) -> Tokens:
+        return response_tokens(batch, self.options.aggregation, self.max_response_tokens)
+
+    def _off_policy_weights(self, old: Tensor, batch: Batch, tokens: Tokens) -> Tensor:
+        options = self.options
+        return off_policy_weights(
+            old,
+            tokens.take(batch.rollout_logprobs),
+            tokens,
+            options.off_policy,
+            options.off_policy_low,
+            options.off_policy_high,
+        )
+
+    def _metrics(
+        self,
+        logprobs: Tensor,
+        old: Tensor,
+        entropy: Tensor,
+        ratio: Tensor,
+        surrogate: Surrogate,
+        batch: Batch,
+        tokens: Tokens,
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Describe the update, each as (sum, weight) over learned tokens or responses."""
+        learned = tokens.learned
+        count = learned.double().sum()
+
+        def per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+            return (x * learned).double().sum(), count
+
+        metrics = {
+            "rl/clip_low": per_token(surrogate.clipped_low),
+            "rl/clip_high": per_token(surrogate.clipped_high),
+            "rl/clip_fraction": per_token(surrogate.clipped_low | surrogate.clipped_high),
+            "rl/entropy": per_token(entropy),
+            "rl/approx_kl": per_token(kl_estimate(logprobs, old, "k3")),
+            "rl/ratio_mean": per_token(ratio),
+            "rl/ratio_square": per_token(ratio.square()),
+        }
+        if batch.ref_logprobs is not None:
+            ref = tokens.take(batch.ref_logprobs)
+            total, _ = per_token(kl_estimate(logprobs, ref, "k1"))
+            metrics["rl/kl_ref"] = (total, (tokens.counts() > 0).double().sum())
+            for kind in ("k1", "k2", "k3"):
+                metrics[f"rl/kl_{kind}"] = per_token(kl_estimate(logprobs, ref, kind))
+        if batch.rollout_logprobs is not None:
+            gap = (old - tokens.take(batch.rollout_logprobs)).abs()
+            metrics["rl/sampler_mismatch"] = per_token(gap)
+            metrics["rl/sampler_mismatch_ratio"] = per_token(gap.clamp(max=20).exp())
+            if self.options.off_policy != "none":
+                weights = self._off_policy_weights(old, batch, tokens)
+                metrics["rl/off_policy_weight"] = per_token(weights)
+        return metrics
+
+
+def _weighted_sum(x: Tensor, tokens: Tokens) -> Tensor:
+    # `where`, because 0 x inf of a response that is left out would be nan.
+    return (torch.where(tokens.learned, x, 0.0) * tokens.weights).sum()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from distllm.engines.base import Engine
+from distllm.generation.rollouts import TOKEN_FIELDS
 from distllm.layers.precision import wide
-from distllm.rl.objective import Join, collate_rollouts, per_response
+from distllm.rl.layout import Join, collate_rollouts, hidden_states, per_response
 from distllm.types import Batch, Model, Rollout
 
 
@@ -25,8 +27,7 @@ def score_logprobs(
     """Return the log-probability of each response token under `engine`'s model, one [response] per rollout."""
 
     def run(model: Model, batch: Batch) -> Tensor:
-        out = model(**batch.inputs(), compute_logits=False)
-        return model.head.logprobs(out.last_hidden_state, batch.labels, temperature)[0]
+        return model.head.logprobs(hidden_states(model, batch), batch.labels, temperature)[0]
 
     return _over_batches(run, engine, rollouts, join, pad_id, batch_size)
 
@@ -38,10 +39,22 @@ def score_values(
     return _over_batches(token_values, engine, rollouts, join, pad_id, batch_size)
 
 
+def score_last_values(
+    engine: Engine, rollouts: Sequence[Rollout], join: Join, pad_id: int, batch_size: int
+) -> list[float]:
+    """Return the value after the last response token of each rollout (what a truncated one is bootstrapped with)."""
+    bare = dict.fromkeys(TOKEN_FIELDS)
+    longer = []
+    for r in rollouts:
+        fields = bare | {"rollout_logprobs": r.rollout_logprobs.new_zeros(len(r.response_ids) + 1)}
+        longer.append(replace(r, response_ids=[*r.response_ids, pad_id], **fields))
+    values = score_values(engine, longer, join, pad_id, batch_size)
+    return [v[-1].item() for v in values]
+
+
 def token_values(model: Model, batch: Batch) -> Tensor:
     """Return the value model's estimates, [batch, seq]."""
-    out = model(**batch.inputs(), compute_logits=False)
-    return model.head.values(out.last_hidden_state)
+    return model.head.values(hidden_states(model, batch))
 
 
 def _over_batches(
@@ -67,14 +80,15 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
 
 
 def summarise(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Describe sampled rewards and lengths."""
-    rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float64)
-    scored = rewards[torch.isfinite(rewards)]
+    """Describe sampled scores and lengths."""
+    scores = torch.tensor([r.score for r in rollouts], dtype=torch.float64)
+    scored = scores[torch.isfinite(scores)]
     lengths = torch.tensor([float(len(r.response_ids)) for r in rollouts])
     return {
         "rl/reward_mean": scored.mean().item() if len(scored) else 0.0,
         "rl/reward_std": scored.std(unbiased=False).item() if len(scored) else 0.0,
-        "rl/unscored": 1.0 - len(scored) / len(rewards),
+        "rl/unscored": 1.0 - len(scored) / len(scores),
         "rl/response_length": lengths.mean().item(),
+        "rl/response_length_max": lengths.max().item(),
         "rl/truncated": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
     }

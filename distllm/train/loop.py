@@ -41,8 +41,8 @@ class Source(Protocol):
     ledger: Ledger
     """Which samples have been handed out."""
 
-    def next(self, step: int) -> tuple[list[Work], dict[str, float]]:
-        """Return the work of 0-based `step` and metrics of how it was made."""
+    def next(self, step: int) -> tuple[list[Work], dict[str, float]] | None:
+        """Return the work of 0-based `step` and metrics of how it was made; None when a stop came before it was ready."""
         ...
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -81,14 +81,13 @@ class Loop:
         while self.step < options.max_steps and not self.stop_requested():
             started = time.monotonic()
 
-            (work, metrics), tokens = self.source.next(self.step), 0
+            handed, tokens = self.source.next(self.step), 0
+            if handed is None:
+                break
+            work, metrics = handed
             for part in work:
-                result = optimizer_step(
-                    part.engine,
-                    part.objective,
-                    part.micro_batches,
-                    part.lr * part.schedule.ratio(self.step),
-                )
+                lr = part.lr * part.schedule.ratio(self.step)
+                result = optimizer_step(part.engine, part.objective, part.micro_batches, lr)
                 self._guard(part, result)
                 metrics |= self._named(part, result)
                 tokens = tokens or result.num_tokens

@@ -62,10 +62,10 @@ def check_gae_by_definition(module):
 
 GAE_BUGS = [
     ("delta + gamma * lam * next_advantage", "delta + gamma * next_advantage"),
-    ("delta = reward_list[t] + gamma * next_value", "delta = reward_list[t] + next_value"),
+    ("delta = carried + gamma * next_value", "delta = carried + next_value"),
     ("return result, result + values.to(dtype)", "return result, result"),
-    ("next_value, next_advantage = last_value, 0.0", "next_value, next_advantage = 0.5, 0.0"),
-    ("next_value = value_list[t]", "next_value = value_list[0]"),
+    ("next_advantage, carried = last_value, 0.0, 0.0", "next_advantage, carried = 0.5, 0.0, 0.0"),
+    ("next_value, carried = value_list[t], 0.0", "next_value, carried = value_list[0], 0.0"),
 ]
 
 
@@ -74,6 +74,41 @@ def test_gae(check):
     check(advantages)
     for old, new in GAE_BUGS:
         refused(check, old, new)
+
+
+def check_gae_steps_over_what_was_not_sampled(module):
+    """Tokens of an environment are no time steps: the rest comes out as if they were not there."""
+    mask = [True, True, False, False, True, False, True]
+    kept = torch.tensor(mask)
+    noise = np.random.default_rng(1)
+    rewards, values = torch.from_numpy(noise.normal(size=(2, 7)))
+    rewards[~kept] = 0.0
+    for gamma, lam in ((1.0, 1.0), (0.9, 0.8)):
+        whole, returns = module.gae(rewards, values, gamma, lam, 0.3, mask)
+        alone, alone_returns = module.gae(rewards[kept], values[kept], gamma, lam, 0.3)
+        torch.testing.assert_close(whole[kept], alone, rtol=0, atol=1e-12)
+        torch.testing.assert_close(returns[kept], alone_returns, rtol=0, atol=1e-12)
+        assert whole[~kept].tolist() == [0.0] * 3
+    late = rewards.clone()
+    late[5] = 2.0  # an environment's verdict counts for the token that led to it
+    moved = rewards.clone()
+    moved[4] += 2.0
+    torch.testing.assert_close(
+        module.gae(late, values, 0.9, 0.8, 0.0, mask),
+        module.gae(moved, values, 0.9, 0.8, 0.0, mask),
+    )
+
+
+def test_gae_steps_over_what_was_not_sampled():
+    check_gae_steps_over_what_was_not_sampled(advantages)
+    check = check_gae_steps_over_what_was_not_sampled
+    refused(check, "if mask is not None and not mask[t]:", "if False:")
+    refused(
+        check,
+        "            continue\n",
+        "            next_advantage *= gamma * lam\n            continue\n",
+    )
+    refused(check, "carried += reward_list[t]", "carried = reward_list[t]")
 
 
 def test_gae_of_whole_return_is_reward_to_go():
@@ -113,7 +148,7 @@ def check_group_against_numpy(module):
 @pytest.mark.parametrize("check", [check_group_by_hand, check_group_against_numpy])
 def test_group_advantages(check):
     check(advantages)
-    refused(check, "(count - 1).clamp(min=1)", "count")
+    refused(check, "keepdim=True) / (count - 1).clamp(min=1)", "keepdim=True) / count")
     refused(check, "(variance.sqrt() + eps)", "(variance + eps)")
 
 

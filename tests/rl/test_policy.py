@@ -9,31 +9,14 @@ import torch
 
 from distllm.generation.generate import generate
 from distllm.generation.options import GenerationOptions
-from distllm.rl.algorithms.grpo import GRPO, GRPOOptions
-from distllm.rl.algorithms.ppo import PPO, PPOOptions, ValueObjective
-from distllm.rl.objective import PolicyObjective, collate_rollouts
-from distllm.rl.options import RLOptions
+from distllm.rl.algorithms.ppo import PPOOptions, ValueObjective
+from distllm.rl.layout import collate_rollouts
 from distllm.rl.scoring import explained_variance, score_logprobs
+from distllm.testing.rl import make_algorithm, make_rollout
 from distllm.testing.tiny import PAD_ID, VOCAB_SIZE, single_engine, tiny_decoder
-from distllm.types import IGNORE_INDEX, ModelOutput, Rollout
+from distllm.types import IGNORE_INDEX, ModelOutput
 
 END = VOCAB_SIZE - 1
-
-
-def rollout(prompt, response, **fields):
-    known = {
-        k: torch.tensor(v, dtype=torch.float64) for k, v in fields.items() if isinstance(v, list)
-    }
-    rest = {k: v for k, v in fields.items() if not isinstance(v, list)}
-    return Rollout(
-        prompt_ids=prompt,
-        response_ids=response,
-        rollout_logprobs=known.pop("rollout_logprobs", torch.zeros(len(response))),
-        finish_reason=rest.pop("finish_reason", "stop"),
-        prompt_index=rest.pop("prompt_index", 0),
-        **known,
-        **rest,
-    )
 
 
 class Scripted:
@@ -43,7 +26,7 @@ class Scripted:
         self.values, self.entropy = logprobs, entropy
         self.head = self
 
-    def __call__(self, input_ids, attention_mask, compute_logits):
+    def __call__(self, input_ids, **rest):
         return ModelOutput(last_hidden_state=input_ids)
 
     def logprobs(self, hidden, labels, temperature):
@@ -56,15 +39,15 @@ class Scripted:
         return out
 
 
-def objective(kl_in_loss=True, **options):
-    return PolicyObjective(RLOptions(**options), tiny_decoder().join, PAD_ID, 1.0, kl_in_loss)
+def objective(**options):
+    return make_algorithm("grpo", tiny_decoder(), **options).policy
 
 
 def test_three_tokens_by_hand():
     """rho = 1.5, 0.5, 1.1 with A = 1, -1, 2 and clips 0.2 / 0.3: each case of the clip occurs."""
     old = [-1.0, -2.0, -3.0]
     new = [o + math.log(r) for o, r in zip(old, (1.5, 0.5, 1.1), strict=True)]
-    r = rollout(
+    r = make_rollout(
         [1, 2],
         [3, 4, 5],
         old_logprobs=old,
@@ -85,8 +68,8 @@ def test_three_tokens_by_hand():
 
 
 def test_sequence_aggregation_weighs_each_response_once():
-    one = rollout([1], [2], advantages=[1.0], old_logprobs=[-1.0])
-    four = rollout([1], [2, 3, 4, 5], advantages=[2.0] * 4, old_logprobs=[-1.0] * 4)
+    one = make_rollout([1], [2], advantages=[1.0], old_logprobs=[-1.0])
+    four = make_rollout([1], [2, 3, 4, 5], advantages=[2.0] * 4, old_logprobs=[-1.0] * 4)
     loss = objective(aggregation="sequence")
     batch = loss.collate([one, four])
     out = loss.loss(Scripted([-1.0] * 5), batch)
@@ -99,8 +82,10 @@ def test_sequence_aggregation_weighs_each_response_once():
 
 
 def test_an_unscorable_response_adds_nothing_and_is_not_counted():
-    good = rollout([1], [2, 3], advantages=[1.0, 1.0], old_logprobs=[-1.0, -1.0], reward=1.0)
-    bad = rollout([1], [2, 3, 4], advantages=[5.0] * 3, old_logprobs=[-1.0] * 3, reward=math.nan)
+    good = make_rollout([1], [2, 3], advantages=[1.0, 1.0], old_logprobs=[-1.0, -1.0], reward=1.0)
+    bad = make_rollout(
+        [1], [2, 3, 4], advantages=[5.0] * 3, old_logprobs=[-1.0] * 3, reward=math.nan
+    )
     loss = objective()
     batch = loss.collate([good, bad])
     assert loss.weights(batch)["policy"].item() == 2
@@ -111,14 +96,14 @@ def test_the_first_update_has_ratio_one_and_yet_a_gradient():
     model = tiny_decoder().double()
     engine = single_engine(model)
     rollouts = [
-        rollout([1, 2, 3], [4, 5, END], advantages=[1.0, 1.0, 1.0]),
-        rollout([1, 2], [7, END], advantages=[-1.0, -1.0]),
+        make_rollout([1, 2, 3], [4, 5, END], advantages=[1.0, 1.0, 1.0]),
+        make_rollout([1, 2], [7, END], advantages=[-1.0, -1.0]),
     ]
     for r, old in zip(
         rollouts, score_logprobs(engine, rollouts, model.join, PAD_ID, 0.8, 2), strict=True
     ):
         r.old_logprobs = old.double()
-    loss = PolicyObjective(RLOptions(), model.join, PAD_ID, 0.8, kl_in_loss=True)
+    loss = make_algorithm("grpo", model, temperature=0.8).policy
     batch = loss.collate(rollouts)
     out = loss.loss(model, batch)
     for name in ("rl/clip_fraction", "rl/approx_kl"):
@@ -150,9 +135,7 @@ def test_sampling_and_scoring_use_one_distribution(temperature):
 
 def ppo(**options):
     model = tiny_decoder()
-    algorithm = PPO(
-        PPOOptions(**options), join=model.join, pad_id=PAD_ID, temperature=1.0, batch_size=4
-    )
+    algorithm = make_algorithm("ppo", model, **options)
     engines = {
         "policy": single_engine(model),
         "value": single_engine(tiny_decoder("value", seed=1)),
@@ -176,8 +159,8 @@ def numpy_advantages(rewards, values, gamma, lam):
 def test_ppo_prepares_advantages_and_returns_as_defined():
     algorithm, engines = ppo(kl_coef=0.3, gamma=0.9, gae_lambda=0.8)
     rollouts = [
-        rollout([1, 2], [3, 4, 5, END], reward=2.0),
-        rollout([1, 2, 6], [7, END], reward=-1.0),
+        make_rollout([1, 2], [3, 4, 5, END], reward=2.0),
+        make_rollout([1, 2, 6], [7, END], reward=-1.0),
     ]
     algorithm.prepare(rollouts, engines)
     raw = []
@@ -198,11 +181,9 @@ def test_ppo_prepares_advantages_and_returns_as_defined():
 
 def test_grpo_compares_within_each_prompt():
     model = tiny_decoder()
-    algorithm = GRPO(
-        GRPOOptions(num_samples=2), join=model.join, pad_id=PAD_ID, temperature=1.0, batch_size=4
-    )
+    algorithm = make_algorithm("grpo", model, num_samples=2)
     rewards = [1.0, 0.0, 5.0, 5.0]
-    rollouts = [rollout([1], [2, END], reward=r) for r in rewards]
+    rollouts = [make_rollout([1], [2, END], reward=r) for r in rewards]
     metrics = algorithm.prepare(rollouts, {"policy": single_engine(model)})
     found = [r.advantages[0].item() for r in rollouts]
     std = math.sqrt(0.5)  # of 1 and 0, divisor n - 1
@@ -213,7 +194,7 @@ def test_grpo_compares_within_each_prompt():
 
 def test_the_value_loss_takes_the_worse_of_clipped_and_free():
     model = tiny_decoder("value").double()
-    r = rollout([1, 2], [3, END], old_values=[0.0, 1.0], returns=[2.0, 0.0])
+    r = make_rollout([1, 2], [3, END], old_values=[0.0, 1.0], returns=[2.0, 0.0])
     loss = ValueObjective(PPOOptions(value_clip=0.2), model.join, PAD_ID)
     batch = loss.collate([r])
     with torch.no_grad():
@@ -228,8 +209,8 @@ def test_the_value_loss_takes_the_worse_of_clipped_and_free():
 def test_fields_land_on_the_tokens_they_belong_to():
     join = tiny_decoder().join
     rollouts = [
-        rollout([1, 2, 3], [4, 5], old_logprobs=[-0.1, -0.2]),
-        rollout([6], [7, 8, 9], old_logprobs=[-0.3, -0.4, -0.5]),
+        make_rollout([1, 2, 3], [4, 5], old_logprobs=[-0.1, -0.2]),
+        make_rollout([6], [7, 8, 9], old_logprobs=[-0.3, -0.4, -0.5]),
     ]
     batch = collate_rollouts(rollouts, join, PAD_ID)
     for row, r in enumerate(rollouts):
@@ -243,7 +224,7 @@ def test_fields_land_on_the_tokens_they_belong_to():
 
 def test_the_controller_moves_towards_its_target():
     algorithm, engines = ppo(kl_coef=0.1, target_kl=1e-6, kl_horizon=100)
-    rollouts = [rollout([1], [2, 3, END], reward=1.0) for _ in range(4)]
+    rollouts = [make_rollout([1], [2, 3, END], reward=1.0) for _ in range(4)]
     before = algorithm.policy.kl_coef
     algorithm.prepare(rollouts, engines)
     kl = sum(algorithm.token_kl(r, "k1").sum().item() for r in rollouts) / 4

@@ -11,8 +11,7 @@ from distllm.errors import DataError
 from distllm.objectives.reward import Reward, RewardOptions
 from distllm.objectives.sft import SFT, SFTOptions
 from distllm.rl.algorithms.ppo import PPOOptions, ValueObjective
-from distllm.rl.objective import PolicyObjective
-from distllm.rl.options import RLOptions
+from distllm.testing.rl import make_algorithm
 from distllm.testing.tiny import PAD_ID, chat_examples, pair_examples, single_engine, tiny_decoder
 from distllm.train.step import optimizer_step
 from distllm.types import IGNORE_INDEX, Rollout, sum_by_key
@@ -57,10 +56,9 @@ def case(name):
         return model, Reward(RewardOptions(), PAD_ID, model.join), pair_examples(8)
     if name == "value":
         return model, ValueObjective(PPOOptions(), model.join, PAD_ID), rollouts()
-    options = RLOptions(
-        kl_coef=0.1, kl_kind="k3", entropy_coef=0.01, aggregation=name.split("-")[1]
-    )
-    return model, PolicyObjective(options, model.join, PAD_ID, 0.7, kl_in_loss=True), rollouts()
+    options = {"kl_coef": 0.1, "entropy_coef": 0.01, "aggregation": name.split("-")[1]}
+    algorithm = make_algorithm("grpo", model, temperature=0.7, **options)
+    return model, algorithm.policy, rollouts()
 
 
 def gradients(model, objective, examples, split):

@@ -12,12 +12,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from distllm.engines.base import Engine
 from distllm.registry import register
 from distllm.rl.advantages import group_advantages
-from distllm.rl.algorithm import Algorithm
+from distllm.rl.algorithm import Algorithm, spread
+from distllm.rl.card import Card
 from distllm.rl.options import RLOptions
 from distllm.types import Rollout
 
@@ -34,23 +33,46 @@ class GRPOOptions(RLOptions):
     """Added to that standard deviation."""
 
 
+GROUP_SOURCES = {
+    "kl_kind": "arXiv 2402.03300: k3",
+    "scale_by_std": "arXiv 2402.03300: rewards are normalised by the group",
+    "advantage_eps": "TRL: 1e-4; verl and NeMo: 1e-6; OpenRLHF: 1e-9",
+}
+"""Where the defaults of `GRPOOptions` come from, for every algorithm that builds on it."""
+
+
 @register("algorithm")
 class GRPO(Algorithm):
-    """Policy only; the KL, if any, is a term of the loss."""
+    """Policy only, judged within groups."""
 
     Options = GRPOOptions
-    kl_in_loss = True
+    compares_group = True
     options: GRPOOptions
+    card = Card(
+        equation="""
+A_i = (r_i - mean_j r_j) / (std_j r_j + advantage_eps), over the responses j to one prompt (divisor n - 1)
+rho_t = exp(l_t - l_old_t)
+loss = mean over tokens of max(-A_i rho_t, -A_i clip(rho_t, 1 - clip_low, 1 + clip_high)) + kl_coef KL_t
+a group whose rewards are all equal has A = 0; a response without a reward is in neither mean nor std""",
+        paper="Shao et al. 2024, arXiv 2402.03300",
+        sources=GROUP_SOURCES,
+        differences={
+            "the paper": "mean over responses of each response's token mean (stage.aggregation=sequence), and a k3 KL "
+            "loss of weight 0.04 whose gradient is not that of the divergence; ours is.",
+            "TRL": "the same defaults (loss_type=dapo, epsilon 0.2, beta 0, std + 1e-4). Its KL loss multiplies k3 by "
+            "the ratio (use_bias_correction_kl), which has the gradient of ours.",
+            "verl": "a group of one keeps its raw reward as advantage; ours refuses num_samples=1. std + 1e-6.",
+            "OpenRLHF": "clips rewards to +-10 after normalising; ours clips before (stage.reward_clip). std + 1e-9.",
+            "NeMo": "the mean leaves the response itself out, the std does not.",
+        },
+    )
 
-    def prepare(
+    def set_advantages(
         self, rollouts: Sequence[Rollout], engines: Mapping[str, Engine]
     ) -> dict[str, float]:
-        """Fill in old log-probabilities and advantages; rollouts are ordered prompt by prompt."""
-        metrics = self.score(rollouts, engines)
-        rewards = torch.tensor([r.reward for r in rollouts]).view(-1, self.options.num_samples)
+        """Compare each response with its group."""
         advantages, zero_spread = group_advantages(
-            rewards, self.options.scale_by_std, self.options.advantage_eps
+            self.response_rewards(rollouts), self.options.scale_by_std, self.options.advantage_eps
         )
-        for rollout, advantage in zip(rollouts, advantages.flatten(), strict=True):
-            rollout.advantages = advantage.expand(len(rollout.response_ids)).clone()
-        return metrics | {"rl/zero_spread": zero_spread}
+        spread(advantages, rollouts)
+        return {"rl/zero_spread": zero_spread}

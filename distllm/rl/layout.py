@@ -1,0 +1,159 @@
+"""How ragged rollouts become a rectangle for the model, and how what the model says becomes ragged again.
+
+What is computed from it is in `objective.py` (policy) and `algorithms/ppo.py` (values).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distllm.errors import ConfigError
+from distllm.generation.rollouts import TOKEN_FIELDS
+from distllm.types import IGNORE_INDEX, Batch, Model, Rollout
+
+Join = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]], int], Batch]
+
+
+def collate_rollouts(
+    rollouts: Sequence[Rollout], join: Join, pad_id: int, pack: bool = False
+) -> Batch:
+    """Lay rollouts out as model inputs; per-token fields land where the labels are, zeros elsewhere.
+
+    Args:
+        rollouts: at least one.
+        join: `model.join`.
+        pad_id: fills the rectangle; masked.
+        pack: put several rollouts into a row where they fit; only for models whose input is one sequence.
+    """
+    prompts, responses = [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts]
+    if pack:
+        order, batch = _packed(prompts, responses, join, pad_id)
+    else:
+        order, batch = list(range(len(rollouts))), join(prompts, responses, pad_id)
+    assert batch.labels is not None
+    mask = batch.labels != IGNORE_INDEX
+    for name in TOKEN_FIELDS:
+        parts = [getattr(rollouts[i], name) for i in order]
+        if all(p is not None for p in parts):
+            flat = torch.cat(parts)
+            setattr(batch, name, flat.new_zeros(mask.shape).masked_scatter_(mask, flat))
+    index = torch.tensor([i for i in order for _ in responses[i]])
+    batch.response_index = index.new_zeros(mask.shape).masked_scatter_(mask, index)
+    batch.rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float64)
+    batch.sample_ids = torch.tensor([r.prompt_index for r in rollouts])
+    return batch
+
+
+def _packed(
+    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], join: Join, pad_id: int
+) -> tuple[list[int], Batch]:
+    """Put each prompt with its response behind another one where the widest row leaves room (first fit, longest first).
+
+    Returns:
+        the order in which responses appear, row by row, and a batch with `segment_ids`.
+    """
+    alone = [join([p], [r], pad_id) for p, r in zip(prompts, responses, strict=True)]
+    if extra := set(alone[0].inputs()) - {"input_ids", "attention_mask"}:
+        raise ConfigError(
+            f"stage.pack=true puts several responses into one row, but this architecture's inputs hold "
+            f"{', '.join(sorted(extra))} as well. Set stage.pack=false."
+        )
+    lengths = [a.input_ids.shape[1] for a in alone]
+    width = max(lengths)
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(alone)), key=lambda i: -lengths[i]):
+        row = next((k for k, free in enumerate(room) if free >= lengths[i]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(width)
+        rows[row].append(i)
+        room[row] -= lengths[i]
+    input_ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
+    labels = torch.full((len(rows), width), IGNORE_INDEX, dtype=torch.int64)
+    segment_ids = torch.zeros((len(rows), width), dtype=torch.int64)
+    for row, members in enumerate(rows):
+        start = 0
+        for segment, i in enumerate(members, 1):
+            place = slice(start, start + lengths[i])
+            input_ids[row, place], labels[row, place] = alone[i].input_ids[0], alone[i].labels[0]  # type: ignore[index]
+            segment_ids[row, place] = segment
+            start += lengths[i]
+    order = [i for members in rows for i in members]
+    return order, Batch(input_ids=input_ids, labels=labels, segment_ids=segment_ids)
+
+
+def hidden_states(model: Model, batch: Batch) -> Tensor:
+    """Run the model over a batch of rollouts, [batch, seq, d_model]."""
+    out = model(**batch.inputs(), compute_logits=False)
+    assert out.last_hidden_state is not None
+    return out.last_hidden_state
+
+
+def per_response(rollouts: Sequence[Rollout], batch: Batch, values: Tensor) -> list[Tensor]:
+    """Undo the layout of unpacked rows: `values` [batch, seq] at the labels, one [response] per rollout."""
+    assert batch.labels is not None
+    flat = values[batch.labels != IGNORE_INDEX].detach().cpu()
+    return list(flat.split([len(r.response_ids) for r in rollouts]))
+
+
+@dataclass(slots=True)
+class Tokens:
+    """The response tokens of a batch as flat vectors, free of rows and padding."""
+
+    at: Tensor
+    """[batch, seq] bool: where the response tokens are."""
+    index: Tensor
+    """[tokens]: which response each belongs to."""
+    learned: Tensor
+    """[tokens] bool: sampled by the policy, in a response that has a reward."""
+    num_responses: int
+    weights: Tensor
+    """[tokens] float64: how much each counts in a sum over the batch."""
+    total: Tensor
+    """What sums over the batch are divided by: tokens or responses."""
+
+    def take(self, field: Tensor | None) -> Tensor:
+        """Pick the response tokens of a [batch, seq] field, [tokens]."""
+        assert field is not None
+        return field[self.at]
+
+    def sums(self, x: Tensor) -> Tensor:
+        """Sum `x` [tokens] over the learned tokens of each response, [responses]."""
+        return x.new_zeros(self.num_responses).index_add(0, self.index, x * self.learned)
+
+    def counts(self) -> Tensor:
+        """Count the learned tokens of each response, [responses] float64."""
+        return self.sums(torch.ones_like(self.weights))
+
+
+def response_tokens(batch: Batch, aggregation: str, max_response_tokens: int) -> Tokens:
+    """Find the response tokens of `batch` and weigh them.
+
+    With n_i the learned tokens of response i and N the responses that have any:
+
+        token     weight 1,     total sum_i n_i
+        sequence  weight 1/n_i, total N
+        constant  weight 1/L,   total N, where L = `max_response_tokens`
+    """
+    assert batch.labels is not None and batch.response_index is not None
+    at = batch.labels != IGNORE_INDEX
+    index = batch.response_index[at]
+    learned = torch.ones_like(index, dtype=torch.bool)
+    num_responses = len(batch.input_ids)
+    if batch.loss_mask is not None:
+        learned = learned & batch.loss_mask[at]
+    if batch.rewards is not None:
+        num_responses = len(batch.rewards)
+        learned = learned & torch.isfinite(batch.rewards)[index]
+    tokens = Tokens(at, index, learned, num_responses, learned.double(), learned.double().sum())
+    if aggregation != "token":
+        counts = tokens.counts()
+        share = max_response_tokens if aggregation == "constant" else counts.clamp(min=1)[index]
+        tokens.weights = tokens.weights / share
+        tokens.total = (counts > 0).double().sum()
+    return tokens
