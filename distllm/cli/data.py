@@ -51,12 +51,15 @@ def run(arguments: Sequence[str]) -> int:
 
     from distllm.config.compose import compose
     from distllm.data.source import SPLITS, check_split, open_source
+    from distllm.data.templates import set_chat_template
 
     check_split(side)
     config = compose(given.overrides, also_known=OWN)
     source = open_source(config.data, config.run.seed)
     kinds = source.serves
     tokenizer = _tokenizer(config, source, kinds)
+    if config.data.chat_template:
+        set_chat_template(tokenizer, config.data.chat_template)
     print(f"data={config.data.name}, fingerprint {source.fingerprint()[:16]}")
     if view == "stats":
         _print_stats({f"{s} {k}": _texts(source, k, s) for k in kinds for s in SPLITS}, tokenizer)

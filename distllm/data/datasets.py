@@ -12,6 +12,7 @@ from distllm.data.mixture import Joined, Share, recount
 from distllm.data.options import DataOptions, OnBadLine, OnLong
 from distllm.data.packing import PackedDataset
 from distllm.data.source import Source
+from distllm.data.templates import check_template
 from distllm.data.tokenizer import encode_texts
 from distllm.errors import ConfigError, DataError
 from distllm.types import Dialogue, Pair, Prompt
@@ -115,6 +116,7 @@ class Encoded(Generic[Example]):
             DataError: a record cannot be used; it is named by its place in the file.
         """
         options = options or DataOptions()
+        check_template(tok)
         self._examples: list[Example] = []
         self.records: list[Any] = []
         """What each sample was made of."""

@@ -65,6 +65,10 @@ class DataOptions:
     document_separator: str = "\\n\\n"
     """data=file, .txt: what stands between two documents (`\\n` means a line's end); empty makes a
     file one document."""
+    chat_template: str = ""
+    """Chat template to use instead of the tokenizer's own, and to save with the model: a name (alpaca, chatml,
+    gemma, llama2, llama3, mistral, phi3, raw, vicuna, zephyr) or a Jinja file. `raw` adds nothing but the end of
+    text."""
     line_pattern: str = ""
     """data=file, .txt: a regular expression that makes a record of each line; its named groups are the
     columns, as in `(?P<label>\\S+) (?P<text>.+)`. Empty: the text is cut into documents."""

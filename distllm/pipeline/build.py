@@ -18,6 +18,7 @@ from distllm.config.schema import Config
 from distllm.data.chat import end_ids
 from distllm.data.source import Source as DataSource
 from distllm.data.source import open_source
+from distllm.data.templates import set_chat_template
 from distllm.data.tokenizer import (
     check_fits,
     load_tokenizer,
@@ -71,6 +72,8 @@ class Builder:
     def __post_init__(self) -> None:
         self.data = together(lambda: open_source(self.config.data, self.config.run.seed))
         self.tokenizer = self._tokenizer()
+        if self.config.data.chat_template:
+            set_chat_template(self.tokenizer, self.config.data.chat_template)
 
     @property
     def pad_id(self) -> int:
