@@ -27,6 +27,7 @@ setup(
         "safetensors>=0.6",
         "rich>=13",
         "numpy>=2.0",
+        "psutil>=5.9",
         "omegaconf>=2.3",
         "pyyaml>=6.0",
         "pyarrow>=21",

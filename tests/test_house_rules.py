@@ -68,6 +68,7 @@ INSIDE_FUNCTIONS = {"deepspeed", "accelerate", "wandb", "tensorboard", "torch.ut
 LIBRARIES = {
     "torch": "torch",
     "numpy": "numpy",
+    "psutil": "psutil",
     "hydra": "hydra-core",
     "omegaconf": "omegaconf",
     "yaml": "pyyaml",

@@ -7,20 +7,16 @@ Exit codes: 0 done; 2 the user's mistake; 3 stopped by a signal after a clean sa
 clean stop is 0, and `stopped.json` in the run directory tells: launchers take other codes for failures and start anew.
 """
 
-import contextlib
 import importlib
-import json
 import os
 import sys
-import time
-import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from types import ModuleType
 
 from distllm.cli import environment
 from distllm.errors import ConfigError, LostRankError, OtherRankError, UserError
 from distllm.registry import unknown_name
+from distllm.train import supervision
 
 VERBS = {
     "train": "run one stage: pretrain, sft, reward, ppo, grpo",
@@ -71,12 +67,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return EXIT_DONE
         return module.run(rest)
     except UserError as error:
-        _tell_launcher(error)
+        supervision.report_failure(error, EXIT_USER, message=str(error))
         print(f"distllm: {error}", file=sys.stderr)
         return EXIT_USER
     except OtherRankError as error:
-        return EXIT_USER if error.is_users else EXIT_FAILED
+        code = EXIT_USER if error.is_users else EXIT_FAILED
+        supervision.report_failure(error, code, message=str(error), is_cause=False)
+        return code
     except LostRankError as error:
+        supervision.report_failure(error, EXIT_FAILED, message=str(error), is_cause=False)
         print(f"distllm: {error}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
@@ -88,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
     except Exception as error:
-        _tell_launcher(error)
+        supervision.report_failure(error, EXIT_FAILED)
         raise
 
 
@@ -97,17 +96,6 @@ def stopped_exit_code() -> int:
     from distllm.engines.processes import launched
 
     return EXIT_DONE if launched() else EXIT_STOPPED
-
-
-def _tell_launcher(error: Exception) -> None:
-    """Leave the error where torchrun looks for it: it prints that of the rank which failed first, last."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not path:
-        return
-    details = {"py_callstack": traceback.format_exc(), "timestamp": str(int(time.time()))}
-    message = {"message": f"{type(error).__name__}: {error}", "extraInfo": details}
-    with contextlib.suppress(OSError):
-        Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
 
 
 _FILES = {"import": "import_", "list": "list_"}  # a keyword, and a name that would hide the builtin

@@ -8,12 +8,15 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
+import select
 import signal
 import sys
 import threading
 import time
 from types import FrameType
 from typing import Any
+
+from distllm.train import supervision
 
 STOPPED_EXIT_CODE = 3
 """Exit code after a clean save on request: start again to resume."""
@@ -50,6 +53,7 @@ class StopFlag:
         if threading.current_thread() is threading.main_thread():
             for signum in SIGNALS:
                 self._before[signum] = signal.signal(signum, self._handle)
+            supervision.announce_ready()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -100,6 +104,26 @@ def die_with_parent(*, parent_pid: int | None = None) -> None:
     elif parent_pid is not None and os.getppid() != parent_pid:
         # It died before the call above took effect: no signal comes any more.
         os._exit(128 + signal.SIGKILL)
+
+
+def follow_launcher() -> None:
+    """In a worker of a launcher, such as torchrun: end with it, however it ends. Elsewhere do nothing.
+
+    The supervisor is told, and followed too: it may stand above a launcher that outlives it. Linux only.
+    Call first of all.
+    """
+    supervision.enlist()
+    if "LOCAL_RANK" in os.environ:
+        die_with_parent(parent_pid=os.getppid())
+    supervisor = supervision.supervisor_pid()
+    if supervisor is not None and hasattr(os, "pidfd_open"):
+        threading.Thread(target=_end_with_pid, args=(supervisor,), daemon=True).start()
+
+
+def _end_with_pid(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it is gone already
+        select.select([os.pidfd_open(pid)], [], [])
+    os._exit(128 + signal.SIGKILL)
 
 
 def _end_with(parent: Any) -> None:
