@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -82,7 +82,9 @@ class Supervisor:
                 preexec_fn=functools.partial(die_with_parent, parent_pid=os.getpid()),
             )
         except OSError as error:
-            _tell(f"cannot start {self.command[0]}: {error.strerror}. Is it installed, and on PATH?")
+            _tell(
+                f"cannot start {self.command[0]}: {error.strerror}. Is it installed, and on PATH?"
+            )
             return EXIT_FAILED
         code = self._stay_with(launcher)
         if code is not None:
@@ -125,12 +127,12 @@ class Supervisor:
         if self._signum is None and -code in SIGNALS:
             self._signum = -code  # it was meant for the run, and the launcher fell over it
         deadline = time.monotonic() + (0 if code < 0 else FAREWELL_S)
-        while self._at_once is None and self.workers.descendants():
-            is_saving = self._signum is not None and self.workers.is_any_saving()
-            if not is_saving and time.monotonic() >= deadline:
-                break
+        while self._at_once is None:
             self._forward()
             self.workers.watch()
+            is_saving = self._signum is not None and self.workers.is_any_saving()
+            if (not is_saving and time.monotonic() >= deadline) or not self.workers.descendants():
+                break
 
     def _exit_code(self, code: int | None) -> int:
         if self._at_once is not None:
@@ -140,7 +142,9 @@ class Supervisor:
         failure = self.workers.first_failure()
         if code is not None and code < 0 and (failure is None or not failure.is_told):
             name = signal.Signals(-code).name
-            _tell(f"the launcher was killed by {name}; nothing of it is left. Start again to resume.")
+            _tell(
+                f"the launcher was killed by {name}; nothing of it is left. Start again to resume."
+            )
             return EXIT_FAILED
         if failure is not None:
             _tell(f"rank {failure.rank} failed first: {failure.text}")
@@ -151,7 +155,9 @@ class Supervisor:
 
 
 def _run_dir(command: Sequence[str]) -> Path | None:
-    values = [word.partition("=")[2].strip("'\"") for word in command if word.startswith("run.dir=")]
+    values = [
+        word.partition("=")[2].strip("'\"") for word in command if word.startswith("run.dir=")
+    ]
     return Path(values[-1]) if values and values[-1] else None
 
 

@@ -16,13 +16,20 @@ from pathlib import Path
 
 import psutil
 
-from distllm.train.supervision import Failure, enlisted, is_ready, read_failure
+from distllm.train.supervision import (
+    Failure,
+    enlisted,
+    is_ready,
+    left_by_itself,
+    read_failure,
+)
 
 POLL_S = 0.05
 
 _PR_SET_CHILD_SUBREAPER = 36
 _PEERS_S = 5.0
-"""A rank that was killed leaves no report, and its peers report the loss of it: within this time it is the cause."""
+"""Within this time, a rank that was killed is the cause of what its peers report: they report the loss of it. And what
+a rank reports is the cause of an exit without a word: ranks end so that heard of it."""
 
 _FATAL = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL)
 
@@ -58,7 +65,9 @@ class Workers:
     by_pid: dict[int, Worker] = field(default_factory=dict)
 
     def watch(self) -> list[str]:
-        """Wait a moment, take note of who came and who ended; return lines that the user should read."""
+        """Take note of who came and who ended, waiting a moment; return lines that the user should read."""
+        for pid, rank in enlisted(self.folder, known=self.by_pid):
+            self.by_pid[pid] = Worker(rank, pid, _pidfd(pid))
         fds = {w.pidfd: w.pid for w in self.by_pid.values() if w.is_alive and w.pidfd is not None}
         died, _, _ = select.select(list(fds), [], [], POLL_S)
         codes = {fds[fd]: _exit_code(fds[fd]) for fd in died}
@@ -68,8 +77,6 @@ class Workers:
                 continue
             if pid in codes or (worker.pidfd is None and not psutil.pid_exists(pid)):
                 lines += self._take_leave(worker, codes.get(pid))
-        for pid, rank in enlisted(self.folder, known=self.by_pid):
-            self.by_pid[pid] = Worker(rank, pid, _pidfd(pid))
         return lines
 
     def tell_once(self, signum: int) -> int:
@@ -96,7 +103,9 @@ class Workers:
         """Return the failure that the others followed from."""
 
         def began_s(failure: Failure) -> float:
-            return failure.at_s - (_PEERS_S if -failure.code in _FATAL else 0)
+            if failure.is_told:
+                return failure.at_s
+            return failure.at_s + (-_PEERS_S if -failure.code in _FATAL else _PEERS_S)
 
         return min(self.failures(), key=began_s, default=None)
 
@@ -119,11 +128,18 @@ class Workers:
     def _take_leave(self, worker: Worker, code: int | None) -> list[str]:
         worker.is_alive = False
         worker.failure = read_failure(self.folder, worker.pid)
-        if worker.failure is not None or code in (0, None):
+        left = left_by_itself(self.folder, worker.pid)
+        if worker.failure is not None or (left and not code):
             return []
-        how = f"exited with {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
-        hint = " (kill -9, or the kernel for want of memory)" if code == -signal.SIGKILL else ""
-        text = f"the process (pid {worker.pid}) {how}{hint}."
+        if left or (code is not None and code >= 0):
+            how = f"exited with {code}"
+        elif code is None:
+            how = "died without a word (kill -9, or a crash in native code)"
+        else:
+            how = f"was killed by {signal.Signals(-code).name}"
+            how += " (kill -9, or the kernel for want of memory)" if code == -signal.SIGKILL else ""
+        text = f"the process (pid {worker.pid}) {how}."
+        code = -signal.SIGKILL if code is None else code
         worker.failure = Failure(
             rank=worker.rank, code=code, text=text, at_s=time.time(), is_told=False
         )

@@ -5,6 +5,7 @@ directory; under bare torchrun it is torchrun, whose summary shows what stands i
 nothing is written. Signals themselves are the business of `signals.py`.
 """
 
+import atexit
 import contextlib
 import json
 import os
@@ -50,8 +51,9 @@ def supervisor_pid() -> int | None:
 
 
 def enlist() -> None:
-    """Tell the supervisor that this process is a worker. Call first of all."""
+    """Tell the supervisor that this process is a worker, and at its exit that it left by itself. Call first of all."""
     _write("worker", {"rank": rank()})
+    atexit.register(_write, "left", {})
 
 
 def announce_ready() -> None:
@@ -81,6 +83,11 @@ def enlisted(folder: Path, known: Container[int] = ()) -> Iterator[tuple[int, in
 def is_ready(folder: Path, pid: int) -> bool:
     """Tell whether a worker can be asked to stop."""
     return (folder / f"{pid}.ready").exists()
+
+
+def left_by_itself(folder: Path, pid: int) -> bool:
+    """Tell whether a worker that has ended did so in good order, with an error or without: it was not killed."""
+    return (folder / f"{pid}.left").exists()
 
 
 def read_failure(folder: Path, pid: int) -> Failure | None:

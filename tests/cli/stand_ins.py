@@ -11,10 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-from distllm.cli import main as program
 from distllm.errors import DataError
 from distllm.train.signals import StopFlag, follow_launcher
-from distllm.train.supervision import enlist  # noqa: F401  (for a test that swaps it in)
+from distllm.train.supervision import enlist, report_failure  # noqa: F401  (for a test that swaps it in)
 
 
 def launcher(num_workers: int, max_restarts: int, *arguments: str) -> int:
@@ -32,14 +31,14 @@ def launcher(num_workers: int, max_restarts: int, *arguments: str) -> int:
             if all(w.poll() == 0 for w in workers):
                 return 0
             time.sleep(0.1)
-        time.sleep(0.3)  # torchrun, too, gives the others a moment
         for worker in workers:
-            worker.kill()
+            worker.terminate()
+        for worker in workers:
             worker.wait()
     return 1
 
 
-def worker(_arguments: list[str]) -> int:
+def worker() -> int:
     """Train; what goes wrong stands in the environment."""
     rank, attempt = int(os.environ["RANK"]), int(os.environ["ATTEMPT"])
     run_dir = Path(next(a for a in sys.argv if a.startswith("run.dir=")).partition("=")[2])
@@ -54,28 +53,37 @@ def worker(_arguments: list[str]) -> int:
             time.sleep(0.01)
             if fault == "exception" and rank == 1:
                 raise ValueError("the first cause")
-            if fault == "peers" and (run_dir / f"ready_1_{attempt}").exists():
-                _fall_with_rank_1(run_dir, attempt, rank)
+            _meet_the_others(run_dir, attempt, rank)
             if (run_dir / "done").exists():
-                return 0
-        (run_dir / f"heard_{rank}").write_text(f"{signal.Signals(stop.signum or 0).name}\n")
-        time.sleep(float(os.environ.get("SAVE_S", 0)))
-        if rank == 0:
-            (run_dir / "stopped.json").write_text("{}")
+                break
+        if stop.requested:
+            (run_dir / f"heard_{rank}").write_text(f"{signal.Signals(stop.signum).name}\n")
+            _meet_the_others(run_dir, attempt, rank)
+            time.sleep(float(os.environ.get("SAVE_S", 0)))
+            if rank == 0:
+                (run_dir / "stopped.json").write_text("{}")
+        (run_dir / f"left_{rank}_{attempt}").touch()
     return 0
 
 
-def _fall_with_rank_1(run_dir: Path, attempt: int, rank: int) -> None:
-    """Fail as ranks do whose peer has died in a collective."""
-    pid = int((run_dir / f"ready_1_{attempt}").read_text() or 0)
-    if rank != 1 and pid and not Path(f"/proc/{pid}").exists():
-        raise RuntimeError("Connection closed by peer")
+def _meet_the_others(run_dir: Path, attempt: int, rank: int) -> None:
+    """Fail as a collective does when a peer has died."""
+    for path in run_dir.glob(f"ready_*_{attempt}"):
+        if path.with_name(path.name.replace("ready", "left")).exists():
+            continue
+        status = Path(f"/proc/{path.read_text() or os.getpid()}/stat")
+        if not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z":
+            raise RuntimeError(f"rank {rank}: connection closed by peer")
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "launcher":
         sys.exit(launcher(int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:]))
-    import types
-
-    sys.modules["distllm.cli.train"] = types.SimpleNamespace(run=worker, HELP="", OWN={})
-    sys.exit(program.main(["train"]))
+    try:
+        sys.exit(worker())
+    except DataError as error:
+        report_failure(error, 2, message=str(error))
+        sys.exit(2)
+    except Exception as error:
+        report_failure(error, 1)
+        raise

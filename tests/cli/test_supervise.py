@@ -149,13 +149,13 @@ def test_the_first_ranks_exception_is_read_last(tmp_path):
 
 
 def test_a_killed_rank_is_the_cause_and_not_its_peers(tmp_path):
-    process = start(tmp_path, num_workers=3, FAULT="peers")
+    process = start(tmp_path, num_workers=3)
     os.kill(ready(tmp_path, 3)[1], signal.SIGKILL)
     code, err = end(process)
     assert code == 1
     last = err.splitlines()[-1]
-    assert last.startswith("distllm: rank 1 failed first: ") and "was killed by SIGKILL" in last
-    assert "Connection closed by peer" in err  # the peers spoke, too
+    assert last.startswith("distllm: rank 1 failed first: ") and "kill -9" in last
+    assert "connection closed by peer" in err  # the peers spoke, too
 
 
 def test_a_restart_is_told_and_forgiven(tmp_path):
@@ -166,7 +166,7 @@ def test_a_restart_is_told_and_forgiven(tmp_path):
     (tmp_path / "done").touch()
     code, err = end(process)
     assert code == 0
-    assert f"rank 1: the process (pid {victim}) was killed by SIGKILL" in err
+    assert f"rank 1: the process (pid {victim}) " in err and "kill -9" in err
 
 
 def test_a_signal_after_a_restart_reaches_the_new_workers(tmp_path):
