@@ -16,6 +16,7 @@ from types import ModuleType
 from distllm.cli import environment
 from distllm.errors import ConfigError, LostRankError, OtherRankError, UserError
 from distllm.registry import unknown_name
+from distllm.train import supervision
 
 VERBS = {
     "train": "run one stage: pretrain, sft, reward, ppo, grpo",
@@ -66,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return EXIT_DONE
         return module.run(rest)
     except UserError as error:
+        supervision.report_failure(error, EXIT_USER, message=str(error))
         print(f"distllm: {error}", file=sys.stderr)
         return EXIT_USER
     except OtherRankError as error:
@@ -84,6 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader (`| head`) has seen enough. Python would complain once more when it flushes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
+    except Exception as error:
+        supervision.report_failure(error, EXIT_FAILED)
+        raise
 
 
 def stopped_exit_code() -> int:

@@ -19,6 +19,9 @@ OWN: dict[str, str] = {}
 
 def run(arguments: Sequence[str]) -> int:
     """Run the stages; 3 when a signal stopped one after a clean save."""
+    from distllm.train.signals import follow_launcher
+
+    follow_launcher()
     given = split("pipeline", arguments, OWN)
 
     from distllm.cli.main import EXIT_DONE, stopped_exit_code

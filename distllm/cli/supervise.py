@@ -115,7 +115,9 @@ class Supervisor:
         return None
 
     def _is_users_mistake(self) -> bool:
-        return any(f.code == EXIT_USER for f in self.workers.failures())
+        """Tell whether starting again would meet the same mistake."""
+        first = self.workers.first_failure()
+        return first is not None and first.is_cause and first.code == EXIT_USER
 
     def _forward(self) -> None:
         if self._signum is not None and self.workers.tell_once(self._signum):

@@ -20,6 +20,9 @@ OWN: dict[str, str] = {}
 
 def run(arguments: Sequence[str]) -> int:
     """Run the stage; 3 when a signal stopped it after a clean save."""
+    from distllm.train.signals import follow_launcher
+
+    follow_launcher()
     given = split("train", arguments, OWN)
 
     from distllm.cli.main import EXIT_DONE, stopped_exit_code

@@ -104,8 +104,8 @@ class Workers:
 
         def began_s(failure: Failure) -> float:
             if failure.is_told:
-                return failure.at_s
-            return failure.at_s + (-_PEERS_S if -failure.code in _FATAL else _PEERS_S)
+                return failure.at_s + (0 if failure.is_cause else _PEERS_S)
+            return failure.at_s + (-_PEERS_S if -failure.code in _FATAL else 2 * _PEERS_S)
 
         return min(self.failures(), key=began_s, default=None)
 

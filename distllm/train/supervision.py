@@ -35,6 +35,8 @@ class Failure:
     """What the user is to read: a message, or a traceback where it is a defect."""
     at_s: float
     """Clock time."""
+    is_cause: bool = True
+    """False: it only follows from what happened to another rank."""
     is_told: bool = True
     """The worker told so itself; False: it was found dead."""
 
@@ -61,13 +63,16 @@ def announce_ready() -> None:
     _write("ready", {})
 
 
-def report_failure(error: BaseException, code: int, message: str = "") -> None:
+def report_failure(
+    error: BaseException, code: int, message: str = "", *, is_cause: bool = True
+) -> None:
     """Leave word of why this worker ends: `message`, or the traceback of `error`."""
     text = message or "".join(traceback.format_exception(error)).rstrip()
-    _write("failure", asdict(Failure(rank=rank(), code=code, text=text, at_s=time.time())))
+    failure = Failure(rank=rank(), code=code, text=text, at_s=time.time(), is_cause=is_cause)
+    _write("failure", asdict(failure))
     path = os.environ.get(_TORCHELASTIC_ERROR_FILE)
-    if path:
-        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+    if path and is_cause:
+        extra = {"py_callstack": text, "timestamp": str(int(failure.at_s))}
         record = {"message": message or f"{type(error).__name__}: {error}", "extraInfo": extra}
         with contextlib.suppress(OSError):
             Path(path).write_text(json.dumps({"message": record}), encoding="utf-8")
