@@ -19,25 +19,30 @@ def lowered(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     The arithmetic is autocast's: products run in `dtype`; vectors (norms) and what an embedding
     looks up stay in fp32, so that the sampler does not drift from the training pass.
 
-    The copies are made at the start and dropped at the end, so no later call can see stale ones.
-    The fp32 tensors themselves are kept, not converted back: not a bit of them changes. Nothing may
-    train inside.
+    The copies are made at the start and dropped at the end, so no later call can see stale ones. They stand in the
+    parameters' places: the parameters themselves are left alone, for a change of `.data`'s dtype takes from a parameter
+    the gradient hooks that data-parallel wrappers have put on it. Nothing may train inside.
     """
-    matrices = [p for p in model.parameters() if p.ndim >= 2 and p.dtype == torch.float32]
-    originals = [(p, p.data) for p in matrices] if dtype != torch.float32 else []
-    by_parameter = {id(parameter): data for parameter, data in originals}
-    hooks = [
-        module.register_forward_hook(_look_up_in(by_parameter[id(module.weight)]))
+    places = [
+        (module, name, parameter)
         for module in model.modules()
-        if isinstance(module, nn.Embedding) and id(module.weight) in by_parameter
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+        if parameter.ndim >= 2 and parameter.dtype == torch.float32 and dtype != torch.float32
     ]
+    copies: dict[int, nn.Parameter] = {}  # a tied parameter has one copy
+    hooks = []
     try:
-        for parameter, data in originals:
-            parameter.data = data.to(dtype)
+        for module, name, parameter in places:
+            if id(parameter) not in copies:
+                cast = parameter.detach().to(dtype)
+                copies[id(parameter)] = nn.Parameter(cast, requires_grad=False)
+            module._parameters[name] = copies[id(parameter)]
+            if isinstance(module, nn.Embedding):
+                hooks.append(module.register_forward_hook(_look_up_in(parameter)))
         yield
     finally:
-        for parameter, data in originals:
-            parameter.data = data
+        for module, name, parameter in places:
+            module._parameters[name] = parameter
         for hook in hooks:
             hook.remove()
 

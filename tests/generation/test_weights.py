@@ -41,9 +41,9 @@ def test_trap_37_nothing_stale(monkeypatch):
     check_trap_37_nothing_stale(weights.lowered, monkeypatch)
     kept = with_bug(
         weights,
-        "parameter.data = data.to(dtype)",
-        "parameter.data = globals().setdefault('OLD', {})"
-        ".setdefault(id(parameter), data.to(dtype))",
+        "cast = parameter.detach().to(dtype)",
+        "cast = globals().setdefault('OLD', {})"
+        ".setdefault(id(parameter), parameter.detach().to(dtype))",
     )
     with pytest.raises(AssertionError):
         check_trap_37_nothing_stale(kept.lowered, monkeypatch)
@@ -75,7 +75,7 @@ def test_arithmetic_is_autocasts(monkeypatch):
     check_arithmetic_is_autocasts(weights.lowered, monkeypatch)
     for old, new in [
         ("return F.embedding(args[0], table)", "return output"),
-        ("if p.ndim >= 2 and", "if"),
+        ("if parameter.ndim >= 2 and", "if"),
     ]:
         broken = with_bug(weights, old, new)
         with pytest.raises(AssertionError):
@@ -109,6 +109,31 @@ def test_weights_are_untouched_bit_for_bit():
     assert not model.embed._forward_hooks
     model(torch.tensor([[1, 2, 3]])).logits.sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def check_gradient_hooks_stay(lowered):
+    """What DistributedDataParallel puts on a parameter is there after a rollout."""
+    model = tiny()
+    seen = []
+    nodes = []  # kept alive, as DistributedDataParallel does
+    for name, parameter in model.named_parameters():
+        nodes.append(parameter.view_as(parameter).grad_fn.next_functions[0][0])
+        nodes[-1].register_hook(lambda *_, name=name: seen.append(name))
+    with lowered(model, torch.bfloat16):
+        pass
+    model(torch.tensor([[1, 2, 3]])).logits.sum().backward()
+    assert sorted(seen) == sorted(name for name, _ in model.named_parameters())
+
+
+def test_gradient_hooks_stay():
+    check_gradient_hooks_stay(weights.lowered)
+    broken = with_bug(
+        weights,
+        "            module._parameters[name] = copies[id(parameter)]\n",
+        "            parameter.data = cast\n            parameter.data = cast.float()\n",
+    )
+    with pytest.raises(AssertionError):
+        check_gradient_hooks_stay(broken.lowered)
 
 
 def test_logprobs_agree_with_the_training_path_in_bf16():
