@@ -23,7 +23,7 @@ from distllm.arch.options import (
     window_of,
 )
 from distllm.layers.attention import attention
-from distllm.layers.cache import KVCache
+from distllm.layers.cache import CrossCache, KVCache
 from distllm.layers.experts import Experts, Router
 from distllm.layers.feed_forward import FeedForward, GatedFeedForward
 from distllm.layers.masks import Mask
@@ -150,10 +150,11 @@ class Attention(nn.Module):
 class CrossAttention(nn.Module):
     """Queries from the stream, keys and values from an encoder's states."""
 
-    def __init__(self, options: TransformerOptions) -> None:
+    def __init__(self, options: TransformerOptions, layer: int) -> None:
         super().__init__()
         d_model, d_head = options.d_model, resolve_d_head(options)
         self.n_heads, self.n_kv_heads, self.d_head = options.n_heads, options.n_kv_heads, d_head
+        self.layer = layer
         self.scale = d_head**-0.5 if options.attention_scale is None else options.attention_scale
         self.q_proj = nn.Linear(d_model, self.n_heads * d_head, bias=options.qkv_bias)
         self.k_proj = nn.Linear(d_model, self.n_kv_heads * d_head, bias=options.qkv_bias)
@@ -162,14 +163,20 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Let `x` [batch, seq, d_model] read `context.encoder_states`."""
-        states = context.encoder_states
-        if states is None:
-            raise ValueError("cross-attention needs encoder_states")
         q = self.q_proj(x).unflatten(-1, (self.n_heads, self.d_head))
-        k = self.k_proj(states).unflatten(-1, (self.n_kv_heads, self.d_head))
-        v = self.v_proj(states).unflatten(-1, (self.n_kv_heads, self.d_head))
+        kept = context.cache.cross if isinstance(context.cache, CrossCache) else {}
+        if self.layer not in kept:
+            kept[self.layer] = self._read(context.encoder_states)
+        k, v = kept[self.layer]
         mixed = attention(q, k, v, mask=context.cross_mask, scale=self.scale)
         return self.out_proj(mixed.flatten(2))
+
+    def _read(self, states: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Make keys and values of the encoder's states."""
+        if states is None:
+            raise ValueError("cross-attention needs encoder_states")
+        k = self.k_proj(states).unflatten(-1, (self.n_kv_heads, self.d_head))
+        return k, self.v_proj(states).unflatten(-1, (self.n_kv_heads, self.d_head))
 
 
 class Block(nn.Module):
@@ -184,7 +191,7 @@ class Block(nn.Module):
         self.attention = Attention(options, layer)
         if cross:
             self.cross_attention_norm = make_norm(options)
-            self.cross_attention = CrossAttention(options)
+            self.cross_attention = CrossAttention(options, layer)
         self.has_cross, self.has_experts = cross, has_experts(options, layer)
         self.feed_forward_norm = make_norm(options)
         self.feed_forward = make_feed_forward(options, layer)

@@ -46,6 +46,11 @@ class LMHead(nn.Module):
             self.weight = nn.Parameter(torch.empty(options.vocab_size, options.d_model))
         self.bias = nn.Parameter(torch.empty(options.vocab_size)) if options.head_bias else None
 
+    def fix_bias(self) -> None:
+        """Make the bias a number that is kept but not learned, 0 at the start, as BART's and Marian's is."""
+        del self.bias
+        self.register_buffer("bias", self.projection.new_zeros(len(self.projection)))
+
     @property
     def projection(self) -> Tensor:
         """The output matrix [vocab, d_model]."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -76,3 +78,47 @@ class KVCache:
         """Repeat every row `num` times, copies next to each other."""
         self.data = self.data.repeat_interleave(num, dim=2)
         return self
+
+
+class CrossCache(KVCache):
+    """The cache of a decoder that reads an encoder: also the encoder's states, and what each block made of them.
+
+    Every row of the encoder's input may stand for itself; a block's keys and values are computed once, at its first call.
+    """
+
+    def __init__(
+        self,
+        n_layers: int,
+        batch_size: int,
+        n_kv_heads: int,
+        max_seq_len: int,
+        d_head: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        super().__init__(n_layers, batch_size, n_kv_heads, max_seq_len, d_head, dtype, device)
+        self.encoder_states: Tensor | None = None
+        """[batch, source_seq, d_model]."""
+        self.encoder_mask: Tensor | None = None
+        """[batch, source_seq] bool."""
+        self.cross: dict[int, tuple[Tensor, Tensor]] = {}
+        """Block -> keys and values of the encoder's states, each [batch, source_seq, n_kv_heads, d_head]."""
+
+    def select(self, rows: Tensor) -> CrossCache:
+        """Keep the rows `rows` [num_rows] int64, in that order."""
+        super().select(rows)
+        self._map(lambda x: x.index_select(0, rows))
+        return self
+
+    def repeat(self, num: int) -> CrossCache:
+        """Repeat every row `num` times, copies next to each other."""
+        super().repeat(num)
+        self._map(lambda x: x.repeat_interleave(num, dim=0))
+        return self
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.encoder_states is not None:
+            self.encoder_states = change(self.encoder_states)
+        if self.encoder_mask is not None:
+            self.encoder_mask = change(self.encoder_mask)
+        self.cross = {layer: (change(k), change(v)) for layer, (k, v) in self.cross.items()}

@@ -44,6 +44,8 @@ def perturb(model: Any, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed + 1)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue  # computed, not learned: Marian's positions
         noise = torch.randn(parameter.shape, generator=generator)
         if id(parameter) in embeddings:
             parameter.copy_(noise)
