@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from distllm.arch.heads import HEADS, LMHead
 from distllm.arch.options import TransformerOptions
-from distllm.arch.stack import Stack, dtype_of, embed, make_embedding, refuse, stack_init_rules, stack_plan
+from distllm.arch.stack import (
+    Stack,
+    dtype_of,
+    embed,
+    make_embedding,
+    refuse,
+    stack_init_rules,
+    stack_plan,
+)
 from distllm.errors import ConfigError
 from distllm.layers.cache import CrossCache
 from distllm.layers.init import InitRules, init_parameters

@@ -106,7 +106,9 @@ class Bart(Family):
             for kind in ("weight", "bias"):
                 if options.embedding_norm:
                     rules.append(
-                        same(f"model.{side}.layernorm_embedding.{kind}", f"{side}.embed_norm.{kind}")
+                        same(
+                            f"model.{side}.layernorm_embedding.{kind}", f"{side}.embed_norm.{kind}"
+                        )
                     )
                 for i in range(depth):
                     rules += _block(side, i, kind)

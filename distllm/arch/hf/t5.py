@@ -199,16 +199,12 @@ def _block(options: Any, side: str, i: int) -> list[Rule]:
             for x, y in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "out"))
         ]
     last = str(len(parts))
-    matrices = {"wo": "down"} | (
-        {"wi_0": "gate", "wi_1": "up"} if options.gated else {"wi": "up"}
-    )
+    matrices = {"wo": "down"} | ({"wi_0": "gate", "wi_1": "up"} if options.gated else {"wi": "up"})
     return [
         *rules,
         same(f"{theirs}{last}.layer_norm.weight", f"{ours}feed_forward_norm.weight"),
         *(
-            same(
-                f"{theirs}{last}.DenseReluDense.{x}.weight", f"{ours}feed_forward.{y}_proj.weight"
-            )
+            same(f"{theirs}{last}.DenseReluDense.{x}.weight", f"{ours}feed_forward.{y}_proj.weight")
             for x, y in matrices.items()
         ),
     ]
