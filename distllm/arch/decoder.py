@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from distllm.arch.heads import HEADS, LMHead
+from distllm.arch.joining import join_behind
 from distllm.arch.options import TransformerOptions
 from distllm.arch.stack import Stack, dtype_of, embed, make_embedding, refuse, stack_init_rules
 from distllm.errors import ConfigError
 from distllm.layers.cache import KVCache
 from distllm.layers.init import InitRules, init_parameters
 from distllm.registry import register, unknown_name
-from distllm.types import IGNORE_INDEX, Batch, ModelOutput
+from distllm.types import Batch, ModelOutput
 
 
 @dataclass(kw_only=True, slots=True)
@@ -160,16 +160,4 @@ class Decoder(Stack):
         Raises:
             ValueError: a prompt is empty, so nothing predicts the first response token.
         """
-        width = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
-        shape = (len(prompts), width)
-        input_ids = torch.full(shape, pad_id, dtype=torch.int64)
-        labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
-        attention_mask = torch.zeros(shape, dtype=torch.bool)
-        for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            if not prompt:
-                raise ValueError(f"prompt {row} is empty; nothing could predict its response")
-            start, end = len(prompt), len(prompt) + len(response)
-            input_ids[row, :end] = torch.tensor([*prompt, *response])
-            labels[row, start - 1 : end - 1] = input_ids[row, start:end]
-            attention_mask[row, :end] = True
-        return Batch(input_ids=input_ids, labels=labels, attention_mask=attention_mask)
+        return join_behind(prompts, responses, pad_id)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distllm.arch.heads import HEADS, LMHead
+from distllm.arch.joining import pad_right
 from distllm.arch.options import TransformerOptions
 from distllm.arch.stack import (
     Stack,
@@ -220,9 +221,9 @@ class EncoderDecoder(nn.Module):
         if not all(len(p) for p in prompts):
             raise ValueError("a prompt is empty; the decoder would have nothing to read")
         targets = [[self.options.decoder_start_id, *r] for r in responses]
-        input_ids, attention_mask = _pad(prompts, pad_id)
-        decoder_input_ids, decoder_mask = _pad(targets, pad_id)
-        labels, _ = _pad([[*r, IGNORE_INDEX] for r in responses], IGNORE_INDEX)
+        input_ids, attention_mask = pad_right(prompts, pad_id)
+        decoder_input_ids, decoder_mask = pad_right(targets, pad_id)
+        labels, _ = pad_right([[*r, IGNORE_INDEX] for r in responses], IGNORE_INDEX)
         return Batch(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -249,14 +250,3 @@ class EncoderDecoder(nn.Module):
 
 def _decoder_options(options: EncoderDecoderOptions) -> EncoderDecoderOptions:
     return replace(options, n_layers=options.n_decoder_layers or options.n_layers)
-
-
-def _pad(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
-    """Return (rows padded on the right, where they are real), each [batch, longest]."""
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), value, dtype=torch.int64)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(list(row), dtype=torch.int64)
-        mask[i, : len(row)] = True
-    return ids, mask
