@@ -80,7 +80,7 @@ _RULES: dict[Rule, str] = {
     AT_LEAST_1: """
         stage.mean_span_length
         arch.vocab_size arch.d_model arch.n_layers arch.n_heads arch.n_kv_heads arch.d_head arch.d_ff arch.max_seq_len
-        arch.window arch.relative_buckets arch.relative_max_distance arch.num_labels
+        arch.d_hidden arch.n_decoder_layers arch.window arch.relative_buckets arch.relative_max_distance arch.num_labels
         arch.experts_per_token arch.d_expert
         train.max_steps train.global_batch_size train.micro_batch_size train.seq_len train.log_every_steps
         train.save_every_steps train.keep_last train.num_eval_samples
@@ -88,14 +88,14 @@ _RULES: dict[Rule, str] = {
         data.num_train data.num_prompts data.num_heldout
         engine.start_timeout_s engine.timeout_s engine.long_timeout_s engine.bucket_mib""",
     NOT_NEGATIVE: """
-        run.seed arch.init_std arch.position_offset arch.token_types arch.norm_gain_offset
+        run.seed arch.decoder_start_id arch.blank_id arch.start_id arch.init_std arch.position_offset arch.token_types arch.norm_gain_offset
         arch.num_experts arch.balance_coef arch.router_z_coef train.eval_every_steps train.max_skipped_steps hardware.threads
         optim.weight_decay optim.max_grad_norm schedule.warmup_steps generation.temperature generation.top_k
         stage.z_loss data.limit""",
     POSITIVE: """
         arch.rope_theta arch.rope_local_theta arch.norm_eps arch.embedding_scale arch.attention_scale
         arch.attention_softcap arch.logit_softcap arch.logit_scale arch.expert_clamp arch.expert_alpha optim.lr optim.eps""",
-    BELOW_1: "arch.dropout optim.beta1 optim.beta2 data.heldout_fraction",
+    BELOW_1: "arch.dropout arch.dropout_embedding arch.dropout_weights optim.beta1 optim.beta2 data.heldout_fraction",
     Rule(lambda v: v in (1, -1), "must be 1 or -1"): "arch.rope_sign",
     ABOVE_0_TO_1: "stage.mask_rate stage.eval_mask_rate arch.rope_fraction schedule.decay_fraction generation.top_p",
     SHARE: """
