@@ -1,5 +1,7 @@
 """What is read from the hidden states: next-token distributions, a score per sequence, a value per position.
 
+Heads that give a verdict or a label are in `verdict_heads.py`.
+
 Heads hold the parameters, so a loss that needs them is asked of the head. The one way to use a head from an objective:
 `hidden = model(..., compute_logits=False).last_hidden_state`, then `model.head.loss(hidden, labels)`,
 `.logprobs(hidden, labels)`, `.values(hidden)` or, for both kinds of reward model, `.scores(hidden, batch)`.
@@ -15,15 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distllm.arch.block import make_norm
 from distllm.arch.options import TransformerOptions
+from distllm.arch.pooling import Transform
+from distllm.arch.verdict_heads import ClassifyHead, LastTokenHead, NoHead, Normalised, TagHead
 from distllm.layers.chunked_logprobs import chunked_logprobs, chunked_normalisers
 from distllm.layers.cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_z,
     linear_logprobs,
 )
-from distllm.layers.feed_forward import ACTIVATIONS
 from distllm.layers.init import InitRules
 from distllm.layers.precision import wide
 from distllm.types import IGNORE_INDEX, Batch, ModelOutput
@@ -137,35 +139,7 @@ class LMHead(nn.Module):
         return logprobs, entropy
 
 
-class Transform(nn.Module):
-    """Dense layer, activation, norm: what BERT puts before its output matrix."""
-
-    def __init__(self, options: TransformerOptions) -> None:
-        super().__init__()
-        self.dense = nn.Linear(options.d_model, options.d_model, bias=options.ff_bias)
-        self.norm = make_norm(options)
-        self.activation = ACTIVATIONS[options.activation]
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Map [..., d_model] to [..., d_model]."""
-        return self.norm(self.activation(self.dense(hidden)))
-
-
-class _Normalised(nn.Module):
-    """Scores reported as (score - reward_mean) / reward_std; 0 and 1 until set."""
-
-    reward_mean: Tensor
-    reward_std: Tensor
-
-    def _register_norm(self) -> None:
-        self.register_buffer("reward_mean", torch.tensor(0.0, device="cpu"))
-        self.register_buffer("reward_std", torch.tensor(1.0, device="cpu"))
-
-    def _normalise(self, scores: Tensor) -> Tensor:
-        return (scores - self.reward_mean) / self.reward_std
-
-
-class LikelihoodHead(LMHead, _Normalised):
+class LikelihoodHead(LMHead, Normalised):
     """A reward model that is a language model: the score of a response is its summed log-probability."""
 
     def __init__(self, options: TransformerOptions, tied_to: nn.Embedding | None) -> None:
@@ -177,97 +151,6 @@ class LikelihoodHead(LMHead, _Normalised):
         if batch.labels is None:
             raise ValueError("a likelihood head scores labelled responses; batch.labels is None")
         return self._normalise(self.logprobs(hidden, batch.labels)[0].sum(dim=1))
-
-
-class LastTokenHead(_Normalised):
-    """A reward model's scalar, read at the last real token of each row."""
-
-    def __init__(self, options: TransformerOptions, tied_to: nn.Embedding | None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(1, options.d_model))
-        self._register_norm()
-
-    @staticmethod
-    def init_rules(d_model: int, init_std: float) -> InitRules:
-        """Return the initialisation of this head's parameters: N(0, 1 / (d_model + 1)).
-
-        Reference: Stiennon et al. 2020, arXiv 2009.01325, appendix B.1.
-        """
-        return {"head.weight": ("normal", (d_model + 1) ** -0.5)}
-
-    def forward(self, hidden: Tensor, attention_mask: Tensor | None) -> ModelOutput:
-        """Fill `.scores`."""
-        return ModelOutput(scores=self._score(hidden, attention_mask))
-
-    def scores(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """Score each row of `hidden` [batch, seq, d_model] at the last True of `batch.output_mask`: [batch]."""
-        if batch.segment_ids is not None:
-            raise ValueError("a score per row needs one sequence per row; segment_ids mark packing")
-        return self._score(hidden, batch.output_mask)
-
-    def _score(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-        last = last_real(hidden, attention_mask)
-        # One scalar per row costs nothing, so it is computed outside autocast, in full precision.
-        precise = last.to(wide(last.dtype))
-        return self._normalise((precise * self.weight).sum(dim=-1))
-
-
-class NoHead(nn.Module):
-    """Hidden states are all that is wanted."""
-
-    def __init__(self, options: TransformerOptions, tied_to: nn.Embedding | None) -> None:
-        super().__init__()
-
-    @staticmethod
-    def init_rules(d_model: int, init_std: float) -> InitRules:
-        """Return nothing: there are no parameters."""
-        return {}
-
-    def forward(self, hidden: Tensor, attention_mask: Tensor | None) -> ModelOutput:
-        """Fill nothing."""
-        return ModelOutput()
-
-
-class TagHead(nn.Module):
-    """A label per token."""
-
-    def __init__(self, options: TransformerOptions, tied_to: nn.Embedding | None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(options.num_labels, options.d_model))
-        self.bias = nn.Parameter(torch.empty(options.num_labels))
-
-    @staticmethod
-    def init_rules(d_model: int, init_std: float) -> InitRules:
-        """Return the initialisation of this head's parameters."""
-        return {"head.weight": ("normal", init_std), "head.bias": ("constant", 0.0)}
-
-    def forward(self, hidden: Tensor, attention_mask: Tensor | None) -> ModelOutput:
-        """Fill `.logits` [batch, seq, num_labels]."""
-        return ModelOutput(logits=self.logits(hidden))
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Map [..., d_model] to [..., num_labels], in float32 or wider."""
-        precise = wide(hidden.dtype)
-        return F.linear(hidden.to(precise), self.weight.to(precise), self.bias.to(precise))
-
-
-class ClassifyHead(nn.Module):
-    """A label per sequence, read at the last real token."""
-
-    def __init__(self, options: TransformerOptions, tied_to: nn.Embedding | None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(options.num_labels, options.d_model))
-
-    @staticmethod
-    def init_rules(d_model: int, init_std: float) -> InitRules:
-        """Return the initialisation of this head's parameters."""
-        return {"head.weight": ("normal", init_std)}
-
-    def forward(self, hidden: Tensor, attention_mask: Tensor | None) -> ModelOutput:
-        """Fill `.logits` [batch, num_labels]."""
-        last = last_real(hidden, attention_mask)
-        precise = wide(last.dtype)
-        return ModelOutput(logits=F.linear(last.to(precise), self.weight.to(precise)))
 
 
 class ValueHead(nn.Module):
@@ -290,15 +173,6 @@ class ValueHead(nn.Module):
     def values(self, hidden: Tensor) -> Tensor:
         """Map [batch, seq, d_model] to [batch, seq], in float32 or wider."""
         return (hidden.to(wide(hidden.dtype)) * self.weight[0]).sum(dim=-1) + self.bias
-
-
-def last_real(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Pick the state of each row's last real token: [batch, d_model]."""
-    if attention_mask is None:
-        return hidden[:, -1]
-    columns = torch.arange(hidden.shape[1], device=hidden.device)
-    ends = torch.where(attention_mask.bool(), columns, 0).amax(dim=1)
-    return hidden[torch.arange(len(ends), device=ends.device), ends]
 
 
 def _labelled(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -52,20 +52,19 @@ def load_model(
     folder = Path(folder)
     config, tensors = read_config(folder), read_tensors(folder)
     family = _family(config, folder)
-    options, state, saved_head = family.from_hf(config, tensors)
+    options, state, saved_head = family.from_hf(config, tensors, head)
     model_class = registry.get("arch", options.name)
     wanted_head = head or saved_head
     with torch.device("meta"):
         model = model_class(options, head=wanted_head)
-    if wanted_head != saved_head:
-        _swap_head(model, state, saved_head, folder)
+    _check_swap(saved_head, wanted_head, folder)
     fresh = (
         {n for n in _expected(model) if n.startswith(_FRESH_HEAD)}
         if wanted_head != saved_head
         else set()
     )
     _check_tensors(
-        model, state, fresh, folder, their_names(family.rules(options, saved_head)), tensors
+        model, state, fresh, folder, their_names(family.rules(options, wanted_head)), tensors
     )
     _fill_fresh(model, state, seed)
     if dtype is not None:
@@ -106,7 +105,7 @@ def save_model(
     config, tensors = family_of(options).to_hf(options, state, head)
     defaults = getattr(model, "generation_defaults", {})
     special = _special_ids(tokenizer, defaults)
-    config |= special
+    config = special | config
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -220,18 +219,13 @@ def _expected(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.state_dict())
 
 
-def _swap_head(model: nn.Module, state: dict[str, Tensor], saved_head: str, folder: Path) -> None:
-    """Drop the saved head's own tensors unless the new head has the same ones."""
-    language = ("lm", "likelihood")
-    if saved_head in language and model.head_name in language:
-        return
-    if saved_head not in language:
+def _check_swap(saved_head: str, head: str, folder: Path) -> None:
+    """Refuse to put another head on what was trained to judge: its hidden states serve that judgement."""
+    if head != saved_head and saved_head not in ("lm", "likelihood", "none"):
         raise CheckpointError(
             f"{folder} holds a model with the head {saved_head}; only a language model can be given "
-            f"another head ({model.head_name} was asked for)."
+            f"another head ({head} was asked for)."
         )
-    for name in [n for n in state if n.startswith(_FRESH_HEAD)]:
-        del state[name]
 
 
 def _check_tensors(

@@ -70,6 +70,22 @@ class LayerType(StrEnum):
     window = "window"
 
 
+class Pooling(StrEnum):
+    """Which state stands for a sequence."""
+
+    first = "first"
+    last = "last"
+    mean = "mean"
+
+
+class Pooler(StrEnum):
+    """What stands between the pooled state and a verdict."""
+
+    none = "none"
+    tanh = "tanh"
+    transform = "transform"
+
+
 @dataclass(kw_only=True, slots=True)
 class TransformerOptions:
     """Shape and switches of a transformer; the defaults are Llama's."""
@@ -194,6 +210,12 @@ class TransformerOptions:
     """The output matrix has a bias."""
     head_transform: bool = False
     """Dense layer, activation and norm before the output matrix, as in BERT."""
+    transform_bias: bool = True
+    """That dense layer has a bias."""
+    pooling: Pooling = Pooling.last
+    """Which state of a sequence a verdict is read from: the `first`, the `last` or the `mean` of the real tokens."""
+    pooler: Pooler = Pooler.none
+    """What stands between: nothing, a dense layer and `tanh` (BERT), or the `transform` of `head_transform` (ModernBERT)."""
     num_labels: int = 2
     """Outputs of a classification head."""
     dropout: float = 0.0

@@ -25,7 +25,9 @@ class Pair:
     def logits(self, ids, mask, model=None):
         """Return (ours, theirs) at the real tokens, [tokens, vocab]."""
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        theirs = self.reference(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+        # RoBERTa counts positions itself, from the ids that are no padding.
+        given = {} if self.ours.options.position_offset else {"position_ids": positions}
+        theirs = self.reference(input_ids=ids, attention_mask=mask, **given).logits
         real = mask.bool()
         return (self.ours if model is None else model)(ids, mask).logits[real], theirs[real]
 

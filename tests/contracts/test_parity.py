@@ -121,7 +121,7 @@ def test_exported_files_are_equal(pair, name, tmp_path):
 FREE = {
     "dtype", "transformers_version", "_name_or_path", "architectures", "use_cache",
     "bos_token_id", "eos_token_id", "pad_token_id",  # of the tokenizer, and there is none
-    "attention_dropout", "attn_pdrop", "embd_pdrop",  # we have no such dropout
+    "attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "embd_pdrop",  # we have no such dropout
     "summary_first_dropout", "sliding_window", "max_window_layers", "n_inner",
 }  # fmt: skip
 """Settings that may differ without changing what the model computes."""

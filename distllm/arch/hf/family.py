@@ -84,26 +84,26 @@ class Family:
         return False
 
     def from_hf(
-        self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+        self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], head: str | None = None
     ) -> tuple[Any, dict[str, Tensor], str]:
-        """Translate (config.json, tensors) to (options, our state dict, head).
+        """Translate (config.json, tensors) to (options, our state dict, the head that was saved).
 
-        Tensors that are no part of the model stay in the state dict under their own names, so that the caller finds them.
+        With `head` the state is that of a model with this head, as far as its tensors are there. Tensors that are no part of the model stay in the state dict under their own names, so that the caller finds them.
 
         Raises:
             CheckpointError: the config asks for something we do not have.
         """
-        options, head = self.read_options(config), self.head_of(config)
-        rules = self.rules(options, head)
-        tensors = self.renamed(tensors, {name for rule in rules for name in rule.theirs})
+        options, saved_head = self.read_options(config), self.head_of(config)
+        rules = self.rules(options, head or saved_head)
+        known = {n for r in [*rules, *self.rules(options, saved_head)] for n in r.theirs}
+        tensors = self.renamed(tensors, known)
         state = load_all(rules, tensors)
-        known = {name for rule in rules for name in rule.theirs}
         extra = [n for n in tensors if n not in known and not self.ignored(n, options)]
         state |= {name: tensors[name] for name in sorted(extra)}
         for key, name in _NORM_BUFFERS.items():
             if key in config:
                 state[name] = torch.tensor(float(config[key]))
-        return options, state, head
+        return options, state, saved_head
 
     def renamed(self, tensors: Mapping[str, Tensor], known: set[str]) -> Mapping[str, Tensor]:
         """Add the prefix that files of models without a head, and the first files of GPT-2, leave out."""
@@ -204,8 +204,8 @@ class Family:
         first = next(iter(self.architectures.values()))
         architecture = (config.get("architectures") or [first])[0]
         found = [h for h, known in self.architectures.items() if architecture == known]
-        if "last" in found and num_labels(config) > 1:
-            found.remove("last")
+        if {"last", "classify"} <= set(found):
+            return "last" if num_labels(config) == 1 else "classify"
         if not found:
             raise CheckpointError(
                 f"config.json names the architecture {architecture}; readable are "
