@@ -44,15 +44,21 @@ class CLM:
 
 
 def lm_loss(model: Model, batch: Batch, z_loss: float = 0.0) -> LossOutput:
-    """Run the model and sum the loss of the labelled tokens; with `z_loss` the term holds both, `nll` the first alone."""
+    """Run the model and sum the loss of the labelled tokens; with `z_loss` the term holds both, `nll` the first alone.
+
+    What a model with experts adds of its own stands beside it: `experts.py`.
+    """
     out = model(**batch.inputs(), compute_logits=False)
     assert batch.labels is not None
+    own = out.aux or {}
     if not z_loss:
-        return LossOutput({"lm": model.head.loss(out.last_hidden_state, batch.labels)})
+        return LossOutput({"lm": model.head.loss(out.last_hidden_state, batch.labels), **own})
     loss, squares = model.head.loss_z(out.last_hidden_state, batch.labels, z_loss)
     count = (batch.labels != IGNORE_INDEX).sum().double()
     nll = (loss.detach() - z_loss * squares).double()
-    return LossOutput({"lm": loss}, {"nll": (nll, count), "z_square": (squares.double(), count)})
+    return LossOutput(
+        {"lm": loss, **own}, {"nll": (nll, count), "z_square": (squares.double(), count)}
+    )
 
 
 def _stack(rows: Sequence[Any]) -> Tensor:

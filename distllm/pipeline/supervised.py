@@ -14,6 +14,7 @@ from distllm.data.datasets import ChatDataset, PairDataset, text_rows
 from distllm.engines.base import Engine
 from distllm.engines.collectives import from_main
 from distllm.errors import ConfigError
+from distllm.objectives.experts import with_experts
 from distllm.objectives.reward import Reward
 from distllm.pipeline.build import Builder, Parts
 from distllm.pipeline.measure import (
@@ -115,7 +116,7 @@ def _parts(builder: Builder, engine: Engine, objective: Any, train: Any, measure
     source = SampleSource(
         train,
         engine,
-        objective,
+        with_experts(objective, engine.model.options),  # type: ignore[union-attr]
         builder.schedule(),
         config.optim.lr,
         config.train,
