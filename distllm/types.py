@@ -51,6 +51,9 @@ class Batch:
     """[batch] int64: which samples of the data set these rows are (for packed rows: the row's number)."""
     rewards: Tensor | None = None
     """[responses] float: one score per response; responses are the rows unless `response_index` says otherwise."""
+    total: Tensor | None = None
+    """Scalar: what sums over the responses are divided by, those that were left out for want of a gradient included;
+    None where none was."""
     response_index: Tensor | None = None
     """[batch, seq] int64: which response a labelled position belongs to (0 where there is no label)."""
     loss_mask: Tensor | None = None

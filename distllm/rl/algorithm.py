@@ -76,7 +76,12 @@ class Algorithm(ABC):
 
     @property
     def needs_reference(self) -> bool:
-        """True when a frozen copy of the starting policy is part of the algorithm."""
+        """True when a frozen copy of the starting policy is wanted, be it to report the KL alone."""
+        return self.penalises_kl or self.options.measure_kl
+
+    @property
+    def penalises_kl(self) -> bool:
+        """True when the divergence from the reference is part of what is learned."""
         return self.options.kl_coef > 0 or self.options.target_kl > 0
 
     @property
@@ -123,13 +128,13 @@ class Algorithm(ABC):
     ) -> dict[str, float]:
         """Fill in `old_logprobs` (in eval mode) where needed and, with a reference, `ref_logprobs`."""
         args = (rollouts, self.join, self.pad_id, self.temperature, self.batch_size)
-        needs_old = "reference" in engines and self.options.kl_in == "reward"
+        needs_old = self.penalises_kl and self.options.kl_in == "reward"
         if not self.on_policy or needs_old or self.options.target_kl:
             for rollout, old in zip(
                 rollouts, score_logprobs(engines["policy"], *args), strict=True
             ):
                 rollout.old_logprobs = old
-        if "reference" not in engines:
+        if not self.penalises_kl:
             return {}
         for rollout, ref in zip(rollouts, score_logprobs(engines["reference"], *args), strict=True):
             rollout.ref_logprobs = ref

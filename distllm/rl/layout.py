@@ -156,4 +156,6 @@ def response_tokens(batch: Batch, aggregation: str, max_response_tokens: int) ->
         share = max_response_tokens if aggregation == "constant" else counts.clamp(min=1)[index]
         tokens.weights = tokens.weights / share
         tokens.total = (counts > 0).double().sum()
+    if batch.total is not None:
+        tokens.total = batch.total
     return tokens

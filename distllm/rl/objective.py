@@ -52,8 +52,24 @@ class PolicyObjective:
         return terms
 
     def collate(self, examples: Sequence[Rollout]) -> Batch:
-        """Lay out rollouts."""
-        return collate_rollouts(examples, self.join, self.pad_id, self.options.pack)
+        """Lay out the rollouts that have a gradient.
+
+        A response whose advantages are all 0, as in a group whose rewards are all equal, adds exactly nothing to the
+        surrogate's gradient. Unless the KL or the entropy is a term of its own it is left out of the forward; it
+        still counts in the total, so the step is the same to the last digit of the sum.
+        """
+        batch = collate_rollouts(examples, self.join, self.pad_id, self.options.pack)
+        if len(self.coefficients) > 1:
+            return batch
+        # One stays in any case: a rank without a forward would leave the others waiting.
+        pushing = [r for r in examples if r.advantages is None or r.advantages.any()]
+        pushing = pushing or list(examples[:1])
+        if len(pushing) == len(examples):
+            return batch
+        kept = collate_rollouts(pushing, self.join, self.pad_id, self.options.pack)
+        kept.total = self._tokens(batch).total
+        kept.sample_ids = batch.sample_ids
+        return kept
 
     def weights(self, batch: Batch) -> dict[str, Tensor]:
         """Count response tokens, or responses."""

@@ -28,6 +28,9 @@ class RLOptions:
     this off (arXiv 1912.09729)."""
     kl_coef: float = 0.0
     """Weight of the KL divergence from the reference (the policy that RL started from). Larger stays nearer."""
+    measure_kl: bool = False
+    """Keep the reference even where `kl_coef` is 0, so that evaluations report the divergence from it; costs the memory
+    of one more model, and no time in training."""
     kl_in: str = "loss"
     """Where the divergence enters: `loss` (a term of its own, with the gradient of the true divergence) or `reward`
     (subtracted from the rewards before anything is compared)."""

@@ -9,7 +9,8 @@ from distllm.pipeline.run import run_pipeline
 from distllm.pipeline.stage import run_stage
 from distllm.pipeline.table import KL_BOUND
 
-SEEDS = (11, 12, 13)
+# Chosen before they were run; the demo's settings were chosen on 0, 1, 11, 12 and 13.
+SEEDS = (21, 22, 23)
 
 
 @pytest.fixture(scope="module")
