@@ -10,9 +10,11 @@ HELP = """
 usage: distllm explain KEY [key=value ...]
        distllm explain GROUP [key=value ...]
        distllm explain
+       distllm explain stage=grpo
 
 KEY is a dotted setting such as optim.lr; GROUP lists all settings of arch, stage, train, ...
 Overrides choose options: distllm explain stage stage=ppo
+A stage alone prints its equation, where each default comes from, and where other frameworks differ.
 """
 OWN: dict[str, str] = {}
 
@@ -21,7 +23,14 @@ def run(arguments: Sequence[str]) -> int:
     """Print one setting in full, or a table of many."""
     given = split("explain", arguments, OWN, names="a setting or a group", max_names=1)
 
+    from distllm.cli.card import card_of, print_card
     from distllm.config.origins import explain
+
+    if not given.names and len(given.overrides) == 1:
+        key, _, value = given.overrides[0].partition("=")
+        if key == "stage" and (found := card_of(value)):
+            print_card(value, *found)
+            return 0
 
     found = explain(*given.names, arguments=given.overrides)
     if len(found) == 1:

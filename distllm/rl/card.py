@@ -17,6 +17,8 @@ class Card:
     """In plain text, one line per equation."""
     paper: str
     """Authors, year, arXiv id."""
+    expectation: str
+    """What the gradient is on average, as the tests' enumeration of all responses finds it."""
     sources: Mapping[str, str] = field(default_factory=dict)
     """Option -> where its default comes from; only those whose reason differs from `SHARED_SOURCES`."""
     differences: Mapping[str, str] = field(default_factory=dict)
@@ -42,7 +44,7 @@ SHARED_SOURCES: Mapping[str, str] = {
     "kl_kind": "k1, the unbiased one",
     "target_kl": "fixed coefficient, as in TRL",
     "kl_horizon": "OpenAI's code: 10,000 responses",
-    "entropy_coef": "off, as in TRL and verl",
+    "entropy_coef": "off, as in TRL",
     "aggregation": "arXiv 2503.14476 and TRL, verl, OpenRLHF: every token counts the same",
     "truncated": "keep: nothing is changed unasked",
     "truncated_penalty": "one unit of a reward between 0 and 1",

@@ -40,6 +40,7 @@ A_i = (r_i - mean_j r_j) / (std_j r_j + advantage_eps), over the responses j to 
 rho_t = exp(l_t - l_old_t)
 loss = mean over tokens of -sg(clip(rho_t, 1 - clip_low, 1 + clip_high)) A_i l_t     (sg: no gradient)""",
         paper="MiniMax 2025, arXiv 2506.13585",
+        expectation="On policy that of GRPO.",
         sources=GROUP_SOURCES
         | {
             "clip_low": "arXiv 2506.13585: no lower bound",

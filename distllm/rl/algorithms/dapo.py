@@ -42,6 +42,7 @@ rho_t = exp(l_t - l_old_t)
 loss = mean over all tokens of the update of max(-A_i rho_t, -A_i clip(rho_t, 1 - clip_low, 1 + clip_high))
 groups whose scores are all equal are replaced by other prompts' (at most max_sampling_rounds rounds)""",
         paper="Yu et al. 2025, arXiv 2503.14476",
+        expectation="That of GRPO on the prompts that are kept; prompts without spread would have added nothing.",
         sources=GROUP_SOURCES
         | {
             "clip_high": "arXiv 2503.14476: 0.28",

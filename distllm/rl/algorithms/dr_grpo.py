@@ -35,6 +35,7 @@ rho_t = exp(l_t - l_old_t)
 loss = sum over tokens of max(-A_i rho_t, -A_i clip(rho_t, 1 - clip_low, 1 + clip_high))
        / (responses x generation.max_new_tokens)""",
         paper="Liu et al. 2025, arXiv 2503.20783",
+        expectation="(n - 1) / n of the exact policy gradient, divided by generation.max_new_tokens.",
         sources=GROUP_SOURCES
         | {
             "scale_by_std": "arXiv 2503.20783: the division favours questions that are almost solved or hopeless",

@@ -55,6 +55,8 @@ rho_t = exp(l_t - l_old_t)
 loss = mean over tokens of max(-A_i rho_t, -A_i clip(rho_t, 1 - clip_low, 1 + clip_high)) + kl_coef KL_t
 a group whose rewards are all equal has A = 0; a response without a reward is in neither mean nor std""",
         paper="Shao et al. 2024, arXiv 2402.03300",
+        expectation="Biased: each group is divided by its own spread, and a token's share falls with the tokens of the "
+        "batch. stage=dr_grpo has neither; stage=rloo is exact.",
         sources=GROUP_SOURCES,
         differences={
             "the paper": "mean over responses of each response's token mean (stage.aggregation=sequence), and a k3 KL "
@@ -63,7 +65,7 @@ a group whose rewards are all equal has A = 0; a response without a reward is in
             "the ratio (use_bias_correction_kl), which has the gradient of ours.",
             "verl": "a group of one keeps its raw reward as advantage; ours refuses num_samples=1. std + 1e-6.",
             "OpenRLHF": "clips rewards to +-10 after normalising; ours clips before (stage.reward_clip). std + 1e-9.",
-            "NeMo": "the mean leaves the response itself out, the std does not.",
+            "NeMo": "subtracts the mean of the other responses (leave one out) and divides by the std all the same.",
         },
     )
 

@@ -39,6 +39,7 @@ A_i = (r_i - mean_j r_j) / (std_j r_j + advantage_eps), over the responses j to 
 rho_i = exp(1/|y_i| sum_t (l_t - l_old_t))
 loss = mean over responses of max(-A_i rho_i, -A_i clip(rho_i, 1 - clip_low, 1 + clip_high))""",
         paper="Zheng et al. 2025, arXiv 2507.18071",
+        expectation="Biased as GRPO, and by 1 / length of each response: its ratio is a geometric mean.",
         sources=GROUP_SOURCES
         | {
             "clip_low": "arXiv 2507.18071, section 5.1: 3e-4",

@@ -100,6 +100,8 @@ delta_t = r_t + gamma V_{t+1} - V_t;   A_t = delta_t + gamma gae_lambda A_{t+1};
 A is whitened over the whole batch (mean 0, variance 1, divisor n), R is not
 value loss = 1/2 mean over tokens of max((V - R)^2, (clip(V, V_old +- value_clip) - R)^2)""",
         paper="Schulman et al. 2017, arXiv 1707.06347; Ouyang et al. 2022, arXiv 2203.02155",
+        expectation="Without whitening, and with exact values or gae_lambda = 1, sum_t A_t d l_t is unbiased. A wrong "
+        "value model biases gae_lambda < 1; whitening over the batch and the mean over tokens rescale.",
         sources={
             "num_samples": "one response per prompt: the value model is the baseline",
             "num_epochs": "between the 4 of OpenAI's code and the 1 of verl and OpenRLHF",
@@ -107,9 +109,9 @@ value loss = 1/2 mean over tokens of max((V - R)^2, (clip(V, V_old +- value_clip
             "kl_in": "in the reward, where k1 is unbiased; as in most frameworks",
             "gamma": "1, as in every framework compared",
             "gae_lambda": "0.95, as in OpenAI's code, TRL's PPO and NeMo; verl and OpenRLHF: 1",
-            "bootstrap_truncated": "a cut response counts as ended, as in OpenAI's code",
+            "bootstrap_truncated": "a cut response counts as ended, so that its reward is all there is",
             "value_clip": "0.2, as in OpenAI's code and TRL's PPO; verl and OpenRLHF: 0.5",
-            "value_lr": "that of the policy, as in TRL's PPO; OpenRLHF: 9e-6 against 1e-6",
+            "value_lr": "that of the policy; OpenRLHF: 9e-6 against the policy's 1e-6, verl: 1e-5",
             "value_warmup_steps": "none",
         },
         differences={

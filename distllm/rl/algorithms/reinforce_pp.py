@@ -49,6 +49,8 @@ A_t = (G_t - mean of G) / std of G, over all tokens of the batch (divisor n)
 rho_t = exp(l_t - l_old_t)
 loss = mean over tokens of max(-A_t rho_t, -A_t clip(rho_t, 1 - clip_low, 1 + clip_high))""",
         paper="Hu et al. 2025, arXiv 2501.03262",
+        expectation="Biased: the batch's mean and deviation hold the response itself, and long responses count more in "
+        "both.",
         sources={
             "num_samples": "one response per prompt: the batch is the baseline",
             "kl_coef": "OpenRLHF: 0.01",

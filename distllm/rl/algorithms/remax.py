@@ -52,6 +52,8 @@ loss = sum over tokens of max(-A_t rho_t, -A_t clip(rho_t, 1 - clip_low, 1 + cli
        / (responses x generation.max_new_tokens)
 a prompt whose greedy response could not be scored is left out""",
         paper="Li et al. 2023, arXiv 2310.10505",
+        expectation="The exact policy gradient on policy, divided by generation.max_new_tokens, also with the KL in the "
+        "reward (k1).",
         sources={
             "num_samples": "arXiv 2310.10505: one, beside the greedy one",
             "kl_coef": "as TRL's PPO and RLOO: 0.05",

@@ -48,6 +48,8 @@ A_i = r_i - mean of r over the other responses to the prompt
 rho_i = exp(sum_t l_t - sum_t l_old_t)
 loss = mean over responses of max(-A_i rho_i, -A_i clip(rho_i, 1 - clip_low, 1 + clip_high))""",
         paper="Ahmadian et al. 2024, arXiv 2402.14740",
+        expectation="The exact policy gradient, also off policy while nothing is clipped, and also with the KL in the "
+        "reward (k1).",
         sources={
             "num_samples": "a better baseline than the 2 of TRL, for twice the samples",
             "kl_coef": "TRL: 0.05",
