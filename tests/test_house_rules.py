@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import itertools
 import re
 import sys
 from collections.abc import Iterator
@@ -266,3 +267,9 @@ def test_nothing_of_this_machine_is_written_down():
             text = path.read_text(encoding="utf-8")
             for word in (f"{ROOT}/", f"{Path.home()}/"):
                 assert word not in text, f"{'/'.join(parts)} names {word}"
+
+
+def test_test_files_have_names_of_their_own():
+    """Without packages pytest imports test files by their bare names: two of one name cannot both be collected."""
+    names = sorted(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [a for a, b in itertools.pairwise(names) if a == b] == []
