@@ -9,10 +9,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import stand_ins
 
 import distllm
 from distllm.train import supervision
-from tests.cli import stand_ins
 
 ROOT = Path(distllm.__file__).parents[1]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="orphans are adopted on Linux only")
