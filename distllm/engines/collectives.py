@@ -57,11 +57,16 @@ def sum_scalars(values: Mapping[str, Tensor], group: Group = None) -> dict[str, 
 
 
 def gather_tensors(tensors: Mapping[str, Tensor], group: Group = None) -> list[dict[str, Tensor]]:
-    """Return what each rank of `group` passed, in order; names, shapes and dtypes may differ. On the CPU."""
+    """Return what each rank of `group` passed, in order; names, shapes and dtypes may differ. On the CPU.
+
+    Names come sorted: safetensors gives them in an order of its own in each process, and whoever divides the tensors
+    among the ranks needs one order on all.
+    """
     if world_size(group) == 1:
-        return [dict(tensors)]
+        return [dict(sorted(tensors.items()))]
     owned = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    return [safetensors.torch.load(data) for data in _gather(safetensors.torch.save(owned), group)]
+    parts = [safetensors.torch.load(data) for data in _gather(safetensors.torch.save(owned), group)]
+    return [dict(sorted(part.items())) for part in parts]
 
 
 def gather_json(value: Any, group: Group = None) -> list[Any]:

@@ -48,7 +48,9 @@ def messages():
     parts = collectives.gather_tensors(
         {f"t{rank}": torch.arange(rank + 3), "n": torch.tensor(rank)}
     )
+    many = {f"t{i}": torch.tensor(i) for i in (3, 1, 2, 5, 4, 0)}
     found = {
+        "order": ["".join(part) for part in collectives.gather_tensors(many)],
         "tensors": [{k: v.tolist() for k, v in part.items()} for part in parts],
         "json": collectives.gather_json({"rank": rank, "text": "x" * (rank * 70)}),
         "any": [collectives.any_true(rank == 1), collectives.any_true(False)],

@@ -31,6 +31,7 @@ def test_messages(ranks):
     for number, rank in enumerate(ranks):
         found = rank["messages"]
         assert found["tensors"] == [{"t0": [0, 1, 2], "n": 0}, {"t1": [0, 1, 2, 3], "n": 1}]
+        assert found["order"] == ["t0t1t2t3t4t5"] * 2  # checkpoints are divided by it
         assert found["json"] == [{"rank": 0, "text": ""}, {"rank": 1, "text": "x" * 70}]
         assert found["any"] == [True, False]
         assert found["sum"] == {"a": 3.0}
