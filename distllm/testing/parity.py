@@ -40,17 +40,24 @@ def reference(family: Family, head: str = "lm", seed: int = 0, **changes: Any) -
 
 @torch.no_grad()
 def perturb(model: Any, seed: int) -> None:
-    """Draw every parameter anew: gains around 1, matrices large enough that logits reach far."""
+    """Draw every parameter anew: gains around 1, matrices large enough that logits reach far.
+
+    Embeddings are small, so that the epsilon of the first norm counts; less so where they are the output matrix too.
+    """
     generator = torch.Generator().manual_seed(seed + 1)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    output = model.get_output_embeddings()
+    tied = output is not None and id(output.weight) in embeddings
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue  # computed, not learned: Marian's positions
         noise = torch.randn(parameter.shape, generator=generator)
         if id(parameter) in embeddings:
-            parameter.copy_(noise)
+            parameter.copy_(noise * (0.1 if tied else 0.05))
         elif parameter.ndim > 1:
-            parameter.copy_(noise * 1.3 * parameter.shape[-1] ** -0.5)
+            # T5 scales no scores: its queries are small instead, or every softmax would be a hard choice.
+            size = 0.4 if name.endswith("Attention.q.weight") else 1.3
+            parameter.copy_(noise * size * parameter.shape[-1] ** -0.5)
         else:
             usual = parameter if "norm" in name.lower() or "ln_" in name else 0.0
             parameter.copy_(usual + 0.3 * noise)

@@ -120,14 +120,14 @@ class T5(Family):
         }
 
     def from_hf(
-        self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+        self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], head: str | None = None
     ) -> tuple[Any, dict[str, Tensor], str]:
         """Translate; a language model is tied where the file has no output matrix of its own."""
         if self.head_of(config) in ("lm", "likelihood"):
             own, shared = tensors.get("lm_head.weight"), tensors.get("shared.weight")
             copy = own is not None and shared is not None and torch.equal(own, shared)
             config = {**config, "distllm_tied": own is None or copy}
-        return super().from_hf(config, tensors)
+        return super().from_hf(config, tensors, head)
 
     def read_options(self, config: Mapping[str, Any]) -> Any:
         """Translate config.json to options."""
