@@ -49,6 +49,8 @@ class Batch:
     """[batch, target_seq] int64: a target sees the source of its own number; 0 marks padding."""
     sample_ids: Tensor | None = None
     """[batch] int64: which samples of the data set these rows are (for packed rows: the row's number)."""
+    classes: Tensor | None = None
+    """[batch] int64: the class of each sequence."""
     rewards: Tensor | None = None
     """[responses] float: one score per response; responses are the rows unless `response_index` says otherwise."""
     total: Tensor | None = None
@@ -186,6 +188,10 @@ class Model(Protocol):
 
     options: Any
     """The arch options dataclass it was built from."""
+    head_name: str
+    """Which of `arch.heads` it has."""
+    abilities: Any
+    """`arch.abilities`: what it can be trained for."""
     head: Any
     """`arch.heads` module that turns hidden states into logits, log-probabilities, losses, scores or values."""
 
@@ -223,6 +229,16 @@ class Model(Protocol):
 
         Read row by row, the labelled positions of row i are the tokens of `responses[i]` in order.
         """
+        ...
+
+    def read(
+        self, prompts: Sequence[Sequence[int]], room: int, pad_id: int, dtype: torch.dtype
+    ) -> Any:
+        """Read prompts, to be continued by at most `room` tokens (`arch.reading`)."""
+        ...
+
+    def room_after(self, prompt_length: int) -> int:
+        """Return how many response tokens there is room for behind a prompt."""
         ...
 
     def new_cache(

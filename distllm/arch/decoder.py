@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from distllm.arch.abilities import Abilities
 from distllm.arch.heads import HEADS, LMHead
 from distllm.arch.joining import join_behind
 from distllm.arch.options import TransformerOptions
+from distllm.arch.reading import Reading
 from distllm.arch.stack import Stack, dtype_of, embed, make_embedding, refuse, stack_init_rules
 from distllm.errors import ConfigError
 from distllm.layers.cache import KVCache
@@ -35,6 +38,7 @@ class Decoder(Stack):
     """A causal language model. Its forward takes the keyword arguments every architecture takes."""
 
     Options = DecoderOptions
+    abilities = Abilities(objectives=("clm", "prefix"))
 
     def __init__(self, options: DecoderOptions, head: str = "lm", seed: int = 0) -> None:
         """Build the model with initial weights that depend on `seed` and the parameters' names only.
@@ -161,3 +165,13 @@ class Decoder(Stack):
             ValueError: a prompt is empty, so nothing predicts the first response token.
         """
         return join_behind(prompts, responses, pad_id)
+
+    def read(
+        self, prompts: Sequence[Sequence[int]], room: int, pad_id: int, dtype: torch.dtype
+    ) -> Reading:
+        """Read prompts, to be continued by at most `room` tokens; see `arch/reading.py`."""
+        return Reading(self, prompts, room, pad_id, dtype)
+
+    def room_after(self, prompt_length: int) -> int:
+        """Return how many response tokens there is room for behind a prompt."""
+        return self.options.max_seq_len - prompt_length

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distllm.arch.abilities import Abilities
 from distllm.arch.heads import HEADS, LMHead
 from distllm.arch.options import (
     Activation,
@@ -78,6 +79,7 @@ class Encoder(Stack):
     """A bidirectional model. Its forward takes the keyword arguments every architecture takes."""
 
     Options = EncoderOptions
+    abilities = Abilities(objectives=("mlm",), sft="", generates=False)
 
     def __init__(self, options: EncoderOptions, head: str = "lm", seed: int = 0) -> None:
         """Build the model with initial weights that depend on `seed` and the parameters' names only.

@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from distllm.arch.abilities import Abilities
 from distllm.arch.heads import HEADS, LMHead
 from distllm.arch.joining import pad_right
 from distllm.arch.options import TransformerOptions
+from distllm.arch.reading import CrossReading
 from distllm.arch.stack import (
     Stack,
     dtype_of,
@@ -48,6 +50,7 @@ class EncoderDecoder(nn.Module):
     """A model of targets given sources. Its forward takes the keyword arguments every architecture takes."""
 
     Options = EncoderDecoderOptions
+    abilities = Abilities(objectives=("span", "ul2", "prefix"), sft="seq2seq", two_sequences=True)
 
     def __init__(self, options: EncoderDecoderOptions, head: str = "lm", seed: int = 0) -> None:
         """Build the model with initial weights that depend on `seed` and the parameters' names only.
@@ -231,6 +234,17 @@ class EncoderDecoder(nn.Module):
             decoder_attention_mask=decoder_mask,
             labels=labels,
         )
+
+    def read(
+        self, prompts: Sequence[Sequence[int]], room: int, pad_id: int, dtype: torch.dtype
+    ) -> CrossReading:
+        """Read prompts, to be continued by at most `room` tokens; see `arch/reading.py`."""
+        return CrossReading(self, prompts, room, pad_id, dtype)
+
+    def room_after(self, prompt_length: int) -> int:
+        """Return how many response tokens there is room for behind a prompt."""
+        limit = self.options.max_seq_len
+        return limit - 1 if prompt_length <= limit else 1 + limit - prompt_length
 
     def new_cache(
         self, batch_size: int, max_seq_len: int, dtype: torch.dtype, device: torch.device | str

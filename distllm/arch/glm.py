@@ -17,9 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from distllm.arch.abilities import Abilities
 from distllm.arch.heads import HEADS, LMHead
 from distllm.arch.joining import pad_right
 from distllm.arch.options import Activation, Norm, Position, TransformerOptions
+from distllm.arch.reading import BlankReading
 from distllm.arch.stack import Stack, dtype_of, embed, make_embedding, refuse, stack_init_rules
 from distllm.errors import ConfigError
 from distllm.layers.cache import KVCache
@@ -55,6 +57,7 @@ class GLM(Stack):
     """A prefix language model. Its forward takes the keyword arguments every architecture takes."""
 
     Options = GLMOptions
+    abilities = Abilities(objectives=("blank", "prefix"), sft="seq2seq")
 
     def __init__(self, options: GLMOptions, head: str = "lm", seed: int = 0) -> None:
         """Build the model with initial weights that depend on `seed` and the parameters' names only.
@@ -213,6 +216,16 @@ class GLM(Stack):
             attention_mask=attention_mask,
             position_ids=_positions(input_ids, None, lengths),
         )
+
+    def read(
+        self, prompts: Sequence[Sequence[int]], room: int, pad_id: int, dtype: torch.dtype
+    ) -> BlankReading:
+        """Read prompts, to be continued by at most `room` tokens; see `arch/reading.py`."""
+        return BlankReading(self, prompts, room, pad_id, dtype)
+
+    def room_after(self, prompt_length: int) -> int:
+        """Return how many response tokens there is room for behind a prompt."""
+        return self.options.max_seq_len - prompt_length - 2
 
 
 def _positions(x: Tensor, attention_mask: Tensor | None, lengths: Tensor | None) -> Tensor:

@@ -19,9 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from distllm.arch.abilities import CAUSAL
 from distllm.arch.heads import HEADS, LMHead
 from distllm.arch.joining import join_behind
 from distllm.arch.options import TransformerOptions
+from distllm.arch.reading import Reading
 from distllm.arch.stack import embed, refuse
 from distllm.errors import ConfigError
 from distllm.layers.init import InitRules, init_parameters
@@ -125,6 +127,10 @@ class LSTMState:
         """Take over the state of a layer."""
         self.data[layer, :, :, : state[0].shape[-1]] = torch.stack(state).to(self.data.dtype)
 
+    def drop_columns(self, num: int) -> None:
+        """Forget that there were `num` columns of padding: the state does not hold them."""
+        self.length -= num
+
     def select(self, rows: Tensor) -> LSTMState:
         """Keep the rows `rows` [num_rows] int64, in that order."""
         self.data = self.data.index_select(2, rows)
@@ -141,6 +147,7 @@ class LSTM(nn.Module):
     """A recurrent language model. Its forward takes the keyword arguments every architecture takes."""
 
     Options = LSTMOptions
+    abilities = CAUSAL
 
     def __init__(self, options: LSTMOptions, head: str = "lm", seed: int = 0) -> None:
         """Build the model with initial weights that depend on `seed` and the parameters' names only.
@@ -318,6 +325,16 @@ class LSTM(nn.Module):
     ) -> Batch:
         """Write each response behind its prompt, padded on the right; see `joining.join_behind`."""
         return join_behind(prompts, responses, pad_id)
+
+    def read(
+        self, prompts: Sequence[Sequence[int]], room: int, pad_id: int, dtype: torch.dtype
+    ) -> Reading:
+        """Read prompts, to be continued by at most `room` tokens; see `arch/reading.py`."""
+        return Reading(self, prompts, room, pad_id, dtype)
+
+    def room_after(self, prompt_length: int) -> int:
+        """Return how many response tokens there is room for behind a prompt."""
+        return self.options.max_seq_len - prompt_length
 
     def new_cache(
         self, batch_size: int, max_seq_len: int, dtype: torch.dtype, device: torch.device | str

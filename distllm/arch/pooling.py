@@ -39,7 +39,10 @@ class Pooled(nn.Module):
 
     def pool(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Map [batch, seq, d_model] to [batch, d_model]; `attention_mask` is True on real tokens."""
-        pooled = _POOLINGS[self.pooling](hidden, attention_mask)
+        return self.behind(_POOLINGS[self.pooling](hidden, attention_mask))
+
+    def behind(self, pooled: Tensor) -> Tensor:
+        """Run the layers behind the pooling: [..., d_model] to [..., d_model]."""
         if self.pooler is not None:
             pooled = torch.tanh(self.pooler(pooled))
         elif self.transform is not None:

@@ -10,7 +10,7 @@ from distllm.arch.options import Pooler, TransformerOptions
 from distllm.arch.pooling import Pooled, Transform
 from distllm.layers.init import InitRules
 from distllm.layers.precision import wide
-from distllm.types import Batch, ModelOutput
+from distllm.types import IGNORE_INDEX, Batch, ModelOutput
 
 
 class Normalised(nn.Module):
@@ -50,10 +50,10 @@ class LastTokenHead(Pooled, Normalised):
         return ModelOutput(scores=self._score(hidden, attention_mask))
 
     def scores(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """Score each row of `hidden` [batch, seq, d_model], whose real tokens `batch.attention_mask` marks: [batch]."""
+        """Score each row of `hidden` [batch, seq, d_model], whose real tokens `batch.output_mask` marks: [batch]."""
         if batch.segment_ids is not None:
             raise ValueError("a score per row needs one sequence per row; segment_ids mark packing")
-        return self._score(hidden, batch.attention_mask)
+        return self._score(hidden, batch.output_mask)
 
     def _score(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
         pooled = self.pool(hidden, attention_mask)
@@ -83,6 +83,21 @@ class ClassifyHead(Pooled):
     def logits(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Map [batch, seq, d_model] to [batch, num_labels]; `attention_mask` is True on real tokens."""
         return F.linear(self.pool(hidden, attention_mask), self.weight, self.bias)
+
+    def logprobs(
+        self, hidden: Tensor, labels: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probability of each row's label and entropy, where `labels` [batch, seq] holds it, 0 elsewhere.
+
+        The label must stand at the position that the verdict is read from: that is where its state is.
+        """
+        at = labels != IGNORE_INDEX
+        logits = F.linear(self.behind(hidden[at]), self.weight, self.bias)
+        scores = torch.log_softmax(logits.to(wide(logits.dtype)) / temperature, dim=-1)
+        picked = scores.gather(1, labels[at][:, None])[:, 0]
+        entropy = -(scores.exp() * scores).sum(dim=-1)
+        zeros = scores.new_zeros(labels.shape)
+        return zeros.masked_scatter(at, picked), zeros.masked_scatter(at, entropy)
 
 
 class TagHead(nn.Module):

@@ -47,8 +47,8 @@ class Decoding:
                 f"generation.stop={options.stop} can only be found in text, and no decode function "
                 "was given. Pass decode=tokenizer.decode, or leave generation.stop empty."
             )
-        context = model.options.max_seq_len
-        _check_prompts(prompt_ids, prompt_indices, context)
+        rooms = [model.room_after(len(ids)) for ids in prompt_ids]
+        _check_prompts(prompt_ids, prompt_indices, rooms, model.options.max_seq_len)
         weight = next(iter(model.parameters()))  # type: ignore[attr-defined]
         self.model, self.options, self.decode = model, options, decode
         self.device = weight.device
@@ -56,8 +56,7 @@ class Decoding:
         self.prompt_indices, self.num_samples = list(prompt_indices), num_samples
         self.num_steps = 0
         num_rows = len(prompt_ids) * num_samples
-        lengths = torch.tensor([len(ids) for ids in prompt_ids])
-        self.limits = (context - lengths).clamp(max=options.max_new_tokens)
+        self.limits = torch.tensor(rooms).clamp(max=options.max_new_tokens)
         self.limits = self.limits.repeat_interleave(num_samples).to(self.device)
         num_positions = int(self.limits.max())
         self.noise = torch.from_numpy(
@@ -77,43 +76,22 @@ class Decoding:
         self.stopped = torch.zeros(num_rows, dtype=torch.bool, device=self.device)
         self.rows = torch.arange(num_rows, device=self.device)
         self.done = torch.zeros(num_rows, dtype=torch.bool, device=self.device)
-        self._prefill(lengths.to(self.device), pad_id, num_positions, compute_dtype(weight))
+        # The last token of a response is never fed back.
+        self.reading = model.read(prompt_ids, num_positions - 1, pad_id, compute_dtype(weight))
+        if num_samples > 1:
+            self.reading.repeat(num_samples)
+        self.logits = model.head.logits(self.reading.last)
 
     @property
     def active(self) -> bool:
         """True while some response can still grow."""
         return len(self.rows) > 0
 
-    def _prefill(
-        self, lengths: Tensor, pad_id: int, num_positions: int, dtype: torch.dtype
-    ) -> None:
-        """Run the prompts, padded on the left, and give each row its prompt's cache and logits."""
-        width = int(lengths.max())
-        padded = [[pad_id] * (width - len(ids)) + ids for ids in self.prompt_ids]
-        self.pads = width - lengths
-        mask = torch.arange(width, device=self.device) >= self.pads[:, None]
-        self.any_pad = bool(self.pads.any())
-        # The last token of a response is never fed back.
-        self.cache = self.model.new_cache(
-            len(padded), width + num_positions - 1, dtype, self.device
-        )
-        hidden = self.model(
-            torch.tensor(padded, device=self.device),
-            mask if self.any_pad else None,
-            cache=self.cache,
-            compute_logits=False,
-        ).last_hidden_state
-        assert hidden is not None
-        self.logits = self.model.head.logits(hidden[:, -1])
-        if self.num_samples > 1:
-            self.cache = self.cache.repeat(self.num_samples)
-            self.logits = self.logits.repeat_interleave(self.num_samples, dim=0)
-            self.pads = self.pads.repeat_interleave(self.num_samples)
-
     def step(self) -> None:
         """Draw one token for every row in the batch, and compute the logits of the next."""
         if self.num_steps:
-            self._forward(self.tokens[self.rows, self.num_steps - 1])
+            last = self.reading.feed(self.tokens[self.rows, self.num_steps - 1])
+            self.logits = self.model.head.logits(last)
         position = self.num_steps
         tokens, logprobs = pick(self.logits, self.noise[self.rows, position], self.options)
         self.tokens[self.rows, position] = tokens
@@ -128,22 +106,6 @@ class Decoding:
         self.done |= finished
         self._compact()
 
-    def _forward(self, tokens: Tensor) -> None:
-        """Feed the last tokens `[rows]` and keep the logits of the next."""
-        column = self.cache.length
-        mask = None
-        if self.any_pad:
-            mask = torch.arange(column + 1, device=self.device) >= self.pads[:, None]
-        hidden = self.model(
-            tokens[:, None],
-            mask,
-            position_ids=(column - self.pads)[:, None],
-            cache=self.cache,
-            compute_logits=False,
-        ).last_hidden_state
-        assert hidden is not None
-        self.logits = self.model.head.logits(hidden[:, -1])
-
     def _contain_stop(self, position: int) -> Tensor:
         """Return whose text holds a stop string that the newest token completed, bool `[rows]`."""
         # A token is at least one byte long, so the string lies within this many last tokens.
@@ -155,22 +117,18 @@ class Decoding:
         return torch.tensor(hits, device=self.device)
 
     def _compact(self) -> None:
-        """Drop finished rows, and columns that are padding in all others, when it pays or must."""
+        """Drop finished rows when it pays or must."""
         num_done = int(self.done.sum())
-        full = self.cache.length >= self.model.options.max_seq_len
-        if num_done < len(self.rows) and not full and num_done < COMPACT_FRACTION * len(self.rows):
+        if (
+            num_done < len(self.rows)
+            and not self.reading.is_full
+            and num_done < COMPACT_FRACTION * len(self.rows)
+        ):
             return
         kept = (~self.done).nonzero()[:, 0]
-        self.rows, self.pads, self.done = self.rows[kept], self.pads[kept], self.done[kept]
-        if not len(kept):
-            return
-        # Columns are not positions: behind a long pad, a short prompt would run out of them first.
-        margin = int(self.pads.min())
-        self.cache.data = self.cache.data[..., margin:, :]
-        self.cache.length -= margin
-        self.pads = self.pads - margin
-        self.any_pad = bool(self.pads.any())
-        self.cache = self.cache.select(kept)
+        self.rows, self.done = self.rows[kept], self.done[kept]
+        if len(kept):
+            self.reading.select(kept)
 
     def check(self) -> None:
         """Raise EngineError if a token was drawn from logits that are NaN."""
@@ -202,13 +160,16 @@ class Decoding:
 
 
 def _check_prompts(
-    prompt_ids: Sequence[Sequence[int]], prompt_indices: Sequence[int], context: int
+    prompt_ids: Sequence[Sequence[int]],
+    prompt_indices: Sequence[int],
+    rooms: Sequence[int],
+    context: int,
 ) -> None:
-    for ids, index in zip(prompt_ids, prompt_indices, strict=True):
+    for ids, index, room in zip(prompt_ids, prompt_indices, rooms, strict=True):
         if not ids:
             raise DataError(f"prompt {index} is empty: nothing could predict its first token.")
-        if len(ids) >= context:
+        if room < 1:
             raise DataError(
                 f"prompt {index} has {len(ids)} tokens, but the model reads at most {context}, "
-                f"prompt and response together. Shorten the prompt to {context - 1} tokens."
+                f"prompt and response together. Shorten the prompt to {len(ids) + room - 1} tokens."
             )

@@ -15,6 +15,7 @@ import torch
 
 from distllm.errors import ConfigError
 from distllm.generation.decoding import Decoding
+from distllm.generation.labels import draw_labels
 from distllm.generation.options import GenerationOptions, check_options
 from distllm.generation.weights import lowered
 from distllm.layers.precision import compute_dtype
@@ -41,7 +42,7 @@ def generate(
     is active (an engine's `sampling()`, or the weights' own dtype); needs no gradient context.
 
     Args:
-        model: a language model; it is in eval mode during the call.
+        model: a language model; it is in eval mode during the call. A classifier answers with the number of a label.
         prompt_ids: token ids, at least one per prompt.
         options: length, temperature, top_k, top_p, stop.
         end_ids: tokens that end a response; the one sampled stays in `response_ids`.
@@ -68,6 +69,16 @@ def generate(
         check_options(options)
         return []
     with lowered(model, _dtype(model)), _inference(model):  # type: ignore[arg-type]
+        if model.head_name == "classify":
+            return draw_labels(
+                model,
+                prompt_ids,
+                options,
+                pad_id=pad_id,
+                seed=seed,
+                prompt_indices=indices,
+                num_samples=num_samples,
+            )
         decoding = Decoding(
             model,
             prompt_ids,

@@ -26,7 +26,7 @@ def generate(
     end_ids: Sequence[int] = (),
     pad_id: int = 0,
 ) -> Tensor:
-    """Sample responses and write each behind its row of `input_ids`.
+    """Sample responses and write each behind its row of `input_ids`, or, with an encoder, behind the start token.
 
     Args:
         model: a language model, as `load_model` returns it.
@@ -42,7 +42,7 @@ def generate(
         pad_id: written behind a response that ended.
 
     Returns:
-        `[batch * num_samples, seq + longest response]` int64 on the device of `input_ids`.
+        `[batch * num_samples, seq + longest response]` int64 (with an encoder: 1 + longest response) on the device of `input_ids`.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -63,4 +63,7 @@ def generate(
     width = max((len(r.response_ids) for r in rollouts), default=0)
     responses = [r.response_ids + [pad_id] * (width - len(r.response_ids)) for r in rollouts]
     new = torch.tensor(responses, dtype=input_ids.dtype, device=input_ids.device)
-    return torch.cat([input_ids.repeat_interleave(num_samples, dim=0), new], dim=1)
+    before = input_ids.repeat_interleave(num_samples, dim=0)
+    if model.abilities.two_sequences:
+        before = torch.full_like(new[:, :1], model.options.decoder_start_id)
+    return torch.cat([before, new], dim=1)

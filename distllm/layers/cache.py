@@ -69,6 +69,11 @@ class KVCache:
         """Move `length` past the tokens that every layer has appended."""
         self.length += num_tokens
 
+    def drop_columns(self, num: int) -> None:
+        """Drop the first `num` columns: padding in all rows."""
+        self.data = self.data[..., num:, :]
+        self.length -= num
+
     def select(self, rows: Tensor) -> KVCache:
         """Keep the rows `rows` [num_rows] int64, in that order."""
         self.data = self.data.index_select(2, rows)

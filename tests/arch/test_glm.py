@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from patched import with_bug
 
 from distllm.arch import glm as glm_module
 from distllm.arch.glm import GLM, GLMOptions
 from distllm.arch.io import load_model, save_model
 from distllm.errors import ConfigError
 from distllm.testing import parity
-from tests.patched import with_bug
 
 transformers = pytest.importorskip("transformers")
 

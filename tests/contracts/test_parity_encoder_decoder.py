@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from distllm import generate
 from distllm.arch.encoder_decoder import EncoderDecoder
 from distllm.arch.hf.family import families
 from distllm.arch.io import load_model, save_model
@@ -241,3 +242,23 @@ def test_a_cache_gives_the_same(pair, name):
         for t in range(2, 17):
             got = this.ours(decoder_input_ids=target[rows, t : t + 1], cache=cache).logits
             assert parity.relative_error(got[:, 0], whole[rows, t]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_greedy_tokens(pair, name):
+    """64 tokens for a batch of 8, sources padded on the side that the family pads."""
+    this = pair(name)
+    side = "left" if name in T5S else "right"
+    ids, mask = (torch.cat([x, x.flip(0)]) for x in parity.padded(96, side, rows=4))
+    ids[4:] = torch.where(mask[4:] == 1, ids[4:].flip(1).clamp(min=4), ids[4:])
+    start = this.ours.options.decoder_start_id
+    with torch.no_grad():
+        expected = this.reference.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=64, min_new_tokens=64, do_sample=False,
+            num_beams=1, decoder_start_token_id=start, pad_token_id=1, eos_token_id=None,
+            forced_eos_token_id=None, bos_token_id=None,
+            use_cache=False,  # its cache takes a T5 decoder to be as deep as the encoder
+        )  # fmt: skip
+    got = generate(this.ours, ids, mask, max_new_tokens=64, temperature=0.0)
+    assert got.tolist() == expected.tolist()
+    assert len({tuple(row) for row in got.tolist()}) >= 2

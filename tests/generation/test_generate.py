@@ -1,5 +1,6 @@
 """Batched sampling with a cache against transformers, itself alone, and full forwards."""
 
+import inspect
 from collections import Counter
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from patched import with_bug
 
+from distllm.arch import decoder, reading
 from distllm.arch.decoder import Decoder, DecoderOptions
 from distllm.arch.io import load_model
 from distllm.errors import ConfigError, DataError, EngineError
@@ -47,10 +49,23 @@ def run(
 
 
 def broken(old, new):
-    """`generate.py` over a `decoding.py` with a bug."""
+    """`generate.py` over a `decoding.py` with a bug, or over a decoder that reads with one, until the test ends."""
     module = with_bug(ours, "import Decoding\n", "import Decoding\n")
-    module.Decoding = with_bug(decoding, old, new).Decoding
+    _PATCHES.undo()
+    if old in inspect.getsource(reading):
+        _PATCHES.setattr(decoder, "Reading", with_bug(reading, old, new).Reading)
+    else:
+        module.Decoding = with_bug(decoding, old, new).Decoding
     return module
+
+
+_PATCHES = pytest.MonkeyPatch()
+
+
+@pytest.fixture(autouse=True)
+def _unpatched():
+    yield
+    _PATCHES.undo()
 
 
 def ids(rollouts):
@@ -114,11 +129,11 @@ def test_greedy_equals_transformers(llama):
     check_greedy_equals_transformers(ours, llama)
     for old, new in [
         (
-            "position_ids=(column - self.pads)[:, None]",
-            "position_ids=(column + 0 * self.pads)[:, None]",
+            "(self.cache.length - self.pads)[:, None]",
+            "(self.cache.length + 0 * self.pads)[:, None]",
         ),
-        ("[pad_id] * (width - len(ids)) + ids", "ids + [pad_id] * (width - len(ids))"),
-        ("mask if self.any_pad else None,\n            cache", "None,\n            cache"),
+        ("[pad_id] * (width - len(p)) + list(p)", "list(p) + [pad_id] * (width - len(p))"),
+        ("if self.any_pad:", "if False:"),
     ]:
         with pytest.raises(AssertionError):
             check_greedy_equals_transformers(broken(old, new), llama)
@@ -220,11 +235,11 @@ def test_compaction(model, monkeypatch):
     check_compaction(ours, model, monkeypatch)
     for old, new in [
         ("self.pads = self.pads - margin", "pass"),
-        ("self.cache.length -= margin", "pass"),
-        ("self.cache = self.cache.select(kept)", "self.cache = self.cache.select(kept.flip(0))"),
+        ("self.cache.drop_columns(margin)", "pass"),
+        ("self.cache = self.cache.select(rows)", "self.cache = self.cache.select(rows.flip(0))"),
         (
-            "self.rows, self.pads, self.done = self.rows[kept],",
-            "self.rows, self.pads, self.done = self.rows[: len(kept)],",
+            "self.rows, self.done = self.rows[kept],",
+            "self.rows, self.done = self.rows[: len(kept)],",
         ),
         (
             "finished = (ended | (self.limits[self.rows] == self.num_steps)) & ~self.done",

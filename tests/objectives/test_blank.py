@@ -5,13 +5,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from patched import with_bug
 
 from distllm.data import vocabulary as names
 from distllm.objectives import blank as blank_module
 from distllm.objectives.blank import MAX_SPAN, Blank
 from distllm.objectives.noise import generator
 from distllm.types import IGNORE_INDEX
-from tests.patched import with_bug
 
 X = np.arange(10, 18)
 NO = IGNORE_INDEX

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
+from patched import with_bug
 
 from distllm.objectives import mlm as mlm_module
 from distllm.objectives.mlm import MLM
 from distllm.objectives.noise import generator
 from distllm.types import IGNORE_INDEX
-from tests.patched import with_bug
 
 
 def counted(objective, num_rows=200, length=500):

@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from patched import with_bug
 
 from distllm.data.chunks import RawRow
 from distllm.errors import ConfigError
@@ -14,7 +15,6 @@ from distllm.objectives.noise import generator, random_segmentation
 from distllm.objectives.span import Span, noise_counts
 from distllm.objectives.ul2 import DENOISERS, UL2
 from distllm.types import IGNORE_INDEX
-from tests.patched import with_bug
 
 
 def restore(inputs, targets, sentinels, closing):

@@ -1,0 +1,21 @@
+"""What an architecture can be trained for. Stages read it from the class; nothing else tells them one from another."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """The defaults are those of a causal language model."""
+
+    objectives: tuple[str, ...] = ("clm",)
+    """Pretraining objectives it can learn; the first is its own (`stage.objective=auto`)."""
+    sft: str = "sft"
+    """Objective that imitates dialogues; empty = there is none."""
+    generates: bool = True
+    """Says text token by token; if not, its policy in RL draws a label."""
+    two_sequences: bool = False
+    """Reads a source and writes a target; if not, both are one sequence, and states stand at the input's tokens."""
+
+
+CAUSAL = Abilities()
+"""Of architectures that do not say otherwise."""
