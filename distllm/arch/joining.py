@@ -26,8 +26,9 @@ def join_behind(
     Raises:
         ValueError: a prompt is empty, so nothing predicts the first response token.
     """
-    if not all(len(p) for p in prompts):
-        raise ValueError("a prompt is empty; nothing could predict its response")
+    empty = [i for i, p in enumerate(prompts) if not len(p)]
+    if empty:
+        raise ValueError(f"prompt {empty[0]} is empty; nothing could predict its response")
     rows = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
     input_ids, attention_mask = pad_right(rows, pad_id)
     labels = torch.full_like(input_ids, IGNORE_INDEX)
