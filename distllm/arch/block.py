@@ -113,13 +113,13 @@ class Attention(nn.Module):
             self.sinks = nn.Parameter(self.q_proj.weight.new_zeros(self.n_heads))
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """Mix `x` [batch, seq, d_model] along seq."""
+        """Mix `x` [batch, seq, d_model] along seq. The projections say how many heads there are: perhaps a part."""
         q, k = self.q_proj(x), self.k_proj(x)
         if self.qk_norm == QKNorm.full:
             q, k = self.q_norm(q), self.k_norm(k)
-        q = q.unflatten(-1, (self.n_heads, self.d_head))
-        k = k.unflatten(-1, (self.n_kv_heads, self.d_head))
-        v = self.v_proj(x).unflatten(-1, (self.n_kv_heads, self.d_head))
+        q = q.unflatten(-1, (-1, self.d_head))
+        k = k.unflatten(-1, (-1, self.d_head))
+        v = self.v_proj(x).unflatten(-1, (-1, self.d_head))
         by_head = self.qk_norm == QKNorm.head
         if by_head and not self.norm_last:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -163,7 +163,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Let `x` [batch, seq, d_model] read `context.encoder_states`."""
-        q = self.q_proj(x).unflatten(-1, (self.n_heads, self.d_head))
+        q = self.q_proj(x).unflatten(-1, (-1, self.d_head))
         kept = context.cache.cross if isinstance(context.cache, CrossCache) else {}
         if self.layer not in kept:
             kept[self.layer] = self._read(context.encoder_states)
@@ -175,8 +175,8 @@ class CrossAttention(nn.Module):
         """Make keys and values of the encoder's states."""
         if states is None:
             raise ValueError("cross-attention needs encoder_states")
-        k = self.k_proj(states).unflatten(-1, (self.n_kv_heads, self.d_head))
-        return k, self.v_proj(states).unflatten(-1, (self.n_kv_heads, self.d_head))
+        k = self.k_proj(states).unflatten(-1, (-1, self.d_head))
+        return k, self.v_proj(states).unflatten(-1, (-1, self.d_head))
 
 
 class Block(nn.Module):

@@ -28,6 +28,7 @@ from distllm.layers.cross_entropy import (
 )
 from distllm.layers.init import InitRules
 from distllm.layers.precision import wide
+from distllm.layers.vocabulary import whole
 from distllm.types import IGNORE_INDEX, Batch, ModelOutput
 
 
@@ -78,7 +79,7 @@ class LMHead(nn.Module):
         return hidden if self.transform is None else self.transform(hidden)
 
     def _project(self, prepared: Tensor) -> Tensor:
-        logits = F.linear(prepared, self.projection, self.bias)
+        logits = F.linear(prepared, whole(self.projection), self.bias)
         if self.softcap is None:
             return logits
         return self.softcap * torch.tanh(logits / self.softcap)

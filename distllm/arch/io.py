@@ -49,6 +49,29 @@ def load_model(
     Raises:
         CheckpointError: files are missing or damaged, or the tensors are not those of the configuration.
     """
+    model, state = open_model(folder, head, seed)
+    if dtype is not None:
+        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+    model.load_state_dict(state, assign=True)
+    return model.to(device).eval(), read_tokenizer(Path(folder))
+
+
+def open_model(
+    folder: str | Path, head: str | None = None, seed: int = 0
+) -> tuple[Any, dict[str, Tensor]]:
+    """Read a model's shape and, apart, its weights: for a process that will keep only a part of them.
+
+    Args:
+        folder: the directory, as for `load_model`.
+        head: None keeps the saved head.
+        seed: of parameters that are not in the directory.
+
+    Returns:
+        (model on the meta device, full tensors by parameter and buffer name).
+
+    Raises:
+        CheckpointError: as `load_model`.
+    """
     folder = Path(folder)
     config, tensors = read_config(folder), read_tensors(folder)
     family = _family(config, folder)
@@ -67,11 +90,8 @@ def load_model(
         model, state, fresh, folder, their_names(family.rules(options, wanted_head)), tensors
     )
     _fill_fresh(model, state, seed)
-    if dtype is not None:
-        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
-    model.load_state_dict(state, assign=True)
     model.generation_defaults = _read_json(folder / "generation_config.json")
-    return model.to(device).eval(), read_tokenizer(folder)
+    return model, state
 
 
 def save_model(

@@ -212,9 +212,9 @@ class Stack(nn.Module):
         return list(self.layers)
 
     def shard_plan(self) -> Mapping[str, str]:
-        """Return how each parameter may be split: name pattern -> `column | row | vocab | sequence | whole`.
+        """Return how each parameter may be split: name pattern -> `column | row | vocab | heads | sequence | whole`.
 
-        `column` splits the first dim (of a bias too), `row` the second; the bias behind a `row` stays whole, as does a
+        `column` splits the first dim (of a bias too), `row` and `heads` the second; the bias behind a `row` stays whole, as does a
         gain that each head is multiplied with.
         """
         return stack_plan("", self.options)
@@ -250,7 +250,7 @@ def stack_plan(prefix: str, options: TransformerOptions) -> dict[str, str]:
         f"{prefix}embed_norm.*": "sequence",
         f"{prefix}position_embed.weight": "whole",
         f"{prefix}token_type_embed.weight": "whole",
-        f"{prefix}relative_bias.weight": "whole",
+        f"{prefix}relative_bias.weight": "heads",
     }
     if options.gated:
         plan[f"{block}feed_forward.gate_proj.weight"] = "column"

@@ -34,6 +34,8 @@ class Engine(ABC):
     """Process group of the ranks that see different data and otherwise hold the same; None is all ranks."""
     needs_group = True
     """Whether the library wants a process group even for one process."""
+    builds_on_meta = False
+    """Whether the model may come without memory, with `model.initial_weights`: parameter or buffer name -> full value."""
 
     @abstractmethod
     def forward_backward(

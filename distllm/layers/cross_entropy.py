@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distllm.layers.precision import compute_dtype, wide
+from distllm.layers.vocabulary import split_of
 from distllm.types import IGNORE_INDEX
 
 _CHUNK_BYTES = 16 * 2**20
@@ -35,7 +36,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
     Returns:
         Scalar in float32 or wider; 0 with a graph attached when nothing is labelled.
     """
-    return _apply_loss(hidden, weight, labels, compute_dtype(weight), 0.0)[0]
+    return linear_cross_entropy_z(hidden, weight, labels, 0.0)[0]
 
 
 def linear_cross_entropy_z(
@@ -54,6 +55,9 @@ def linear_cross_entropy_z(
 
     Reference: Chowdhery et al. 2022, arXiv 2204.02311, section 5.
     """
+    split = split_of(weight)
+    if split is not None:
+        return split.loss(hidden, weight, labels, z_loss)
     return _apply_loss(hidden, weight, labels, compute_dtype(weight), z_loss)
 
 
@@ -71,6 +75,9 @@ def linear_logprobs(
     Returns:
         (logprobs [tokens], entropy [tokens]) in float32 or wider.
     """
+    split = split_of(weight)
+    if split is not None:
+        return split.logprobs(hidden, weight, targets, temperature)
     keep = len(targets) * weight.shape[0] * compute_dtype(weight).itemsize <= _KEEP_BYTES
     keep = keep and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     dtype = compute_dtype(weight)

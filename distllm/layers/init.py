@@ -31,6 +31,12 @@ def initial_value(rules: InitRules, name: str, shape: torch.Size, seed: int) -> 
     raise ValueError(f"parameter {name} matches no initialisation rule: {', '.join(rules)}")
 
 
+def initial_weight(model: nn.Module, name: str, *, seed: int) -> Tensor:
+    """Draw the whole initial value of one parameter of `model`, which may hold no memory or a part of it."""
+    rules: InitRules = model.init_rules()  # type: ignore[operator]
+    return initial_value(rules, name, model.get_parameter(name).shape, seed)
+
+
 @torch.no_grad()
 def init_parameters(model: nn.Module, seed: int) -> None:
     """Set every parameter of `model` to its initial value, by the rules of `model.init_rules()`."""

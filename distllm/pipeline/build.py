@@ -8,12 +8,16 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distllm import registry
-from distllm.arch.io import load_model
+from distllm.arch.io import load_model, open_model
 from distllm.config.schema import Config
 from distllm.data.chat import end_ids
 from distllm.data.source import Source as DataSource
@@ -29,6 +33,7 @@ from distllm.data.tokenizer import (
 from distllm.engines.base import Engine, build_engine
 from distllm.engines.collectives import on_main, together
 from distllm.errors import ConfigError
+from distllm.layers.init import initial_weight
 from distllm.tracking.base import Tracker
 from distllm.train.loop import Source
 
@@ -94,14 +99,29 @@ class Builder:
         """Load `config.model`, or draw a new one, and check that all fits together."""
         config = self.config
         if config.model:
-            model, _ = load_model(config.model, head=head, seed=config.run.seed)
+            model = self.load(config.model, head)
         else:
             arch = registry.get("arch", config.arch.name)
-            model = arch(config.arch, head=head, seed=config.run.seed)
+            with torch.device("meta") if self._builds_on_meta else nullcontext():
+                model = arch(config.arch, head=head, seed=config.run.seed)
+            if self._builds_on_meta:
+                model.initial_weights = partial(initial_weight, model, seed=config.run.seed)
         self.check_fits(model)
         for block in model.blocks():
             block.dropout = config.arch.dropout if dropout else 0.0
         return model
+
+    def load(self, folder: str, head: str | None = None) -> Any:
+        """Load a model from a directory, in the way the engine takes it."""
+        if not self._builds_on_meta:
+            return load_model(folder, head=head, seed=self.config.run.seed)[0]
+        model, state = open_model(folder, head, self.config.run.seed)
+        model.initial_weights = state.pop
+        return model
+
+    @property
+    def _builds_on_meta(self) -> bool:
+        return registry.get("engine", self.config.engine.name).builds_on_meta
 
     def check_fits(self, model: Any) -> None:
         """Refuse a model that is too small for the tokenizer's ids or for `train.seq_len`."""

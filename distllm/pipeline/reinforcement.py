@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from distllm import registry
-from distllm.arch.io import load_model
 from distllm.data.datasets import PromptDataset
-from distllm.data.tokenizer import tokenizer_fingerprint
+from distllm.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from distllm.engines.base import Engine
 from distllm.errors import ConfigError
 from distllm.pipeline.build import Builder, Parts
@@ -166,7 +165,7 @@ def _reward(builder: Builder, join: Any, engines: dict[str, Engine]) -> tuple[An
         raise ConfigError(
             "stage.reward=model needs stage.reward_model=DIR, the directory of a reward model."
         )
-    model, tokenizer = load_model(stage.reward_model)
+    model, tokenizer = builder.load(stage.reward_model), load_tokenizer(stage.reward_model)
     if model.head_name not in REWARD_HEADS:
         raise ConfigError(
             f"stage.reward_model={stage.reward_model} has the head {model.head_name}; a reward model has last "
