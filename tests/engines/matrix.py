@@ -22,7 +22,6 @@ from distllm.generation.rollouts import pack_rollouts, unpack_rollouts
 from distllm.rl import loop as rl_loop
 from distllm.rl.objective import PolicyObjective
 from distllm.testing.stages import SKILLS, run_tiny
-from distllm.types import IGNORE_INDEX
 
 CELLS: dict[str, tuple[int, list[str]]] = {
     "ddp x2": (2, ["engine=ddp"]),
@@ -68,7 +67,9 @@ def settings_of(stage: str, text: str, parent: str, judge: str) -> list[str]:
     }[stage]
 
 
-def run(folder: str, text: str, parent: str, judge: str, settings: list[str], rollouts: str) -> None:
+def run(
+    folder: str, text: str, parent: str, judge: str, settings: list[str], rollouts: str
+) -> None:
     """Run every stage under one engine, in one process group; each rank calls this.
 
     Args:
@@ -95,7 +96,7 @@ class _Replay:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.records = folder, (folder / "complete").exists()
+        self.folder = folder
 
     def __call__(self, model: Any, prompt_ids: Any, options: Any, **kwargs: Any) -> Any:
         indices, seed = kwargs["prompt_indices"], kwargs["seed"]
@@ -117,8 +118,9 @@ def _with_scale(loss: Any) -> Any:
 
     def run(self: Any, model: Any, batch: Any) -> Any:
         out = loss(self, model, batch)
-        mask = (batch.labels != IGNORE_INDEX).double()
-        out.metrics["scale"] = ((batch.advantages.abs() * mask).sum(), mask.sum())
+        tokens = self._tokens(batch)
+        sizes = tokens.take(batch.advantages).abs() * tokens.weights
+        out.metrics["scale"] = (sizes[tokens.learned].sum(), tokens.total)
         return out
 
     return run
@@ -157,7 +159,14 @@ def differences(single: Path, other: Path) -> dict[str, dict[str, float]]:
             (weights[0][k] - weights[1][k]).abs().max().item() for k in weights[0]
         )
         assert all(math.isfinite(v) for v in worst.values())
-        samples = [(f / stage / "samples.jsonl").read_bytes() for f in (single, other)]
+        samples = [_texts(f / stage / "samples.jsonl") for f in (single, other)]
+        assert samples[0]
         worst["samples"] = float(samples[0] == samples[1])
         found[stage] = worst
     return found
+
+
+def _texts(path: Path) -> list[dict[str, Any]]:
+    """Return sampled records without their scores."""
+    records = map(json.loads, path.read_text().splitlines())
+    return [{k: v for k, v in r.items() if not isinstance(v, float)} for r in records]

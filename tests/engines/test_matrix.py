@@ -8,8 +8,7 @@ import pytest
 from matrix import CELLS, STAGES, TOLERANCE, differences, run
 
 from distllm.testing.gloo import run_on
-from distllm.testing.stages import run_tiny, tiny_model
-from distllm.testing.stages import SKILLS
+from distllm.testing.stages import SKILLS, run_tiny, tiny_model
 
 FAST = ("ddp x2", "fsdp x2")
 
