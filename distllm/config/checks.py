@@ -16,6 +16,7 @@ from distllm import registry
 from distllm.arch.io import read_options
 from distllm.config.files import GROUPS
 from distllm.config.overrides import raise_all
+from distllm.config.parallel import parallel_problems
 from distllm.config.rl_checks import rl_problems, rl_rules
 from distllm.config.rules import (
     ABOVE_0_TO_1,
@@ -31,7 +32,7 @@ from distllm.config.rules import (
 )
 from distllm.config.schema import Config, leaves, options_of
 from distllm.engines.hardware import PRECISIONS, resolve_device, resolve_precision
-from distllm.engines.mesh import dp_size, mesh_problems
+from distllm.engines.mesh import dp_size
 from distllm.errors import UserError
 from distllm.objectives.options import PRETRAINING
 
@@ -68,7 +69,8 @@ def check_training(config: Config, dp_size: int | None = None) -> None:
         )
         problems += data_problems(config)
     problems += machine_problems(config)
-    raise_all(problems or model_problems(config))
+    raise_all(problems)
+    raise_all(model_problems(config))
 
 
 def data_parallel_size(config: Config) -> int:
@@ -86,12 +88,13 @@ _RULES: dict[Rule, str] = {
         train.save_every_steps train.keep_last train.num_eval_samples
         generation.max_new_tokens pipeline.rounds
         data.num_train data.num_prompts data.num_heldout
-        engine.start_timeout_s engine.timeout_s engine.long_timeout_s engine.bucket_mib""",
+        engine.start_timeout_s engine.timeout_s engine.long_timeout_s engine.bucket_mib
+        engine.mesh.dp_replicate engine.mesh.tp_size""",
     NOT_NEGATIVE: """
         run.seed arch.decoder_start_id arch.blank_id arch.start_id arch.init_std arch.position_offset arch.token_types arch.norm_gain_offset
         arch.num_experts arch.balance_coef arch.router_z_coef train.eval_every_steps train.max_skipped_steps hardware.threads
         optim.weight_decay optim.max_grad_norm schedule.warmup_steps generation.temperature generation.top_k
-        stage.z_loss data.limit""",
+        stage.z_loss data.limit engine.mesh.dp_shard""",
     POSITIVE: """
         arch.rope_theta arch.rope_local_theta arch.norm_eps arch.embedding_scale arch.attention_scale
         arch.attention_softcap arch.logit_softcap arch.logit_scale arch.expert_clamp arch.expert_alpha optim.lr optim.eps""",
@@ -215,14 +218,15 @@ def model_options(config: Config) -> Any:
 
 
 def model_problems(config: Config) -> list[str]:
-    """Check the model to start from against the settings."""
-    longest = model_options(config).max_seq_len
-    if config.train.seq_len <= longest:
-        return []
-    return [
-        f"train.seq_len={config.train.seq_len} is longer than max_seq_len={longest} of model={config.model}. "
-        f"Set train.seq_len={longest}."
-    ]
+    """Check the model to start from against the settings and the layout of processes."""
+    options = model_options(config)
+    problems = parallel_problems(config, options, int(os.environ.get("WORLD_SIZE", 1)))
+    if config.train.seq_len > options.max_seq_len:
+        problems.append(
+            f"train.seq_len={config.train.seq_len} is longer than max_seq_len={options.max_seq_len} of "
+            f"model={config.model}. Set train.seq_len={options.max_seq_len}."
+        )
+    return problems
 
 
 def machine_problems(config: Config) -> list[str]:
@@ -235,7 +239,6 @@ def machine_problems(config: Config) -> list[str]:
             f"engine=single runs one process, and a launcher has started {processes} (WORLD_SIZE). "
             f"Start it without a launcher, or set engine to one of {', '.join(others)}."
         )
-    problems += mesh_problems(config.engine, processes)
     try:
         device = resolve_device(config.hardware.device)
         resolve_precision(config.train.precision, device)

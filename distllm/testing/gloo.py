@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from distllm.train.signals import die_with_parent
+
 _CHILD = "from distllm.testing.gloo import child; child()"
 
 
@@ -82,7 +84,7 @@ def launch(
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
-            "DISTLLM_TEST_CALL": json.dumps([function, str(folder)]),
+            "DISTLLM_TEST_CALL": json.dumps([function, str(folder), os.getpid()]),
             **(env or {}),
         }
         with open(folder / f"errors_{rank}.txt", "w", encoding="utf-8") as errors:
@@ -129,7 +131,8 @@ def free_port() -> int:
 
 def child() -> None:
     """Be one rank: call the function that the environment names."""
-    name, folder = json.loads(os.environ["DISTLLM_TEST_CALL"])
+    name, folder, parent_pid = json.loads(os.environ["DISTLLM_TEST_CALL"])
+    die_with_parent(parent_pid=parent_pid)
     module, _, attribute = name.partition(":")
     arguments = json.loads((Path(folder) / "arguments.json").read_text())
     result = getattr(importlib.import_module(module), attribute)(**arguments)

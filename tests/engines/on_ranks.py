@@ -5,6 +5,7 @@ import functools
 import test_step
 import torch
 from test_step import NAMES, case, gradients, largest_difference
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distllm import registry
 from distllm.engines import collectives, processes
@@ -12,8 +13,10 @@ from distllm.engines.base import build_engine
 from distllm.engines.mesh import MeshOptions
 from distllm.engines.options import HardwareOptions
 from distllm.errors import DataError, OtherRankError
+from distllm.generation.generate import generate
+from distllm.generation.options import GenerationOptions
 from distllm.optim.options import AdamWOptions
-from distllm.testing.tiny import tiny_decoder
+from distllm.testing.tiny import PAD_ID, single_engine, tiny_decoder
 from distllm.types import sum_by_key
 
 CPU = HardwareOptions(device="cpu", threads=1)
@@ -82,16 +85,70 @@ def messages():
     return found
 
 
-def law(engine, changes, names=None, vocab_size=None):
-    if vocab_size:
-        test_step.tiny_decoder = functools.partial(tiny_decoder, vocab_size=vocab_size)
-    changes = {k: MeshOptions(**v) if k == "mesh" else v for k, v in changes.items()}
-    options = options_of(engine, **changes)
-    with processes.processes(options, torch.device("cpu")):
-        return law_of_the_step(options, names or NAMES)
+class Counter(TorchDispatchMode):
+    """Counts the collectives that are called inside its `with`."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace in ("c10d", "_c10d_functional"):
+            self.count += not function._opname.startswith("wait")
+        return function(*args, **(kwargs or {}))
+
+
+def sampling(options):
+    """Count the collectives of a rollout of few and of many tokens; then let the ranks do unequally much."""
+    model = tiny_decoder(vocab_size=40)
+    expected = {n: p.clone() for n, p in model.named_parameters()}
+    engine = build_engine("policy", model, options=options, hardware=CPU, precision="fp32")
+    rank = collectives.rank()
+
+    def roll(num_tokens, num_prompts):
+        prompts = [[3 + i, 5, 7] for i in range(num_prompts)]
+        greedy = GenerationOptions(max_new_tokens=num_tokens, temperature=0.0)
+        with Counter() as counter, engine.sampling() as plain:
+            weights = dict(plain.named_parameters())
+            same = all(torch.equal(weights[n], expected[n]) for n in expected)
+            found = generate(plain, prompts, greedy, end_ids=[], pad_id=PAD_ID)
+        return [r.response_ids for r in found], counter.count, same
+
+    few, many = roll(2, 3), roll(20, 3)
+    roll(20 if rank else 2, 1 + rank)  # a rank that ends early must not leave the others waiting
+    alone = single_engine(tiny_decoder(vocab_size=40), trained=False)
+    with alone.sampling() as plain:
+        reference = generate(
+            plain, [[3 + i, 5, 7] for i in range(3)],
+            GenerationOptions(max_new_tokens=20, temperature=0.0), end_ids=[], pad_id=PAD_ID,
+        )  # fmt: skip
+    with Counter() as counter:  # the same forwards through the sharded model itself
+        for _ in range(5):
+            engine.infer(lambda m: m(torch.tensor([[3, 5, 7]]), compute_logits=False))
+    return {
+        "counts": [few[1], many[1], counter.count],
+        "weights": few[2] and many[2],
+        "greedy": many[0] == [r.response_ids for r in reference],
+        "on meta again": all(p.is_meta for p in getattr(engine, "_plain", model).parameters()),
+    }
+
+
+LAYOUTS = {
+    "ddp": ("ddp", {}),
+    "fsdp": ("fsdp", {}),
+    "no_sync": ("fsdp", {"no_sync": True, "reshard_after_forward": False}),
+    "hsdp": ("fsdp", {"mesh": MeshOptions(dp_replicate=2)}),
+    "tp": ("fsdp", {"mesh": MeshOptions(tp_size=2)}),
+}
 
 
 def checks():
-    options = options_of("ddp")
-    with processes.processes(options, torch.device("cpu")):
-        return {"law": law_of_the_step(options), "messages": messages()}
+    layouts = {name: options_of(engine, **changes) for name, (engine, changes) in LAYOUTS.items()}
+    # 40 rows can be split in two, the 37 of the other cases cannot.
+    test_step.tiny_decoder = functools.partial(tiny_decoder, vocab_size=40)
+    with processes.processes(layouts["ddp"], torch.device("cpu")):
+        return {
+            "law": {name: law_of_the_step(options) for name, options in layouts.items()},
+            "sampling": {name: sampling(layouts[name]) for name in ("fsdp", "tp")},
+            "messages": messages(),
+        }

@@ -1,4 +1,4 @@
-"""Two processes against one: the law of the step, and what ranks tell each other."""
+"""Two processes against one: the law of the step, sampling, and what ranks tell each other."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import pytest
 from distllm.testing.gloo import run_on
 
 TESTS = Path(__file__).resolve().parents[1]
+LAYOUTS = ["ddp", "fsdp", "no_sync", "hsdp", "tp"]
 
 
 @pytest.fixture(scope="module")
@@ -15,16 +16,40 @@ def ranks():
     return run_on(2, "on_ranks:checks", path=[TESTS / "engines", TESTS / "train"])
 
 
-def test_gradients_equal_those_of_one_process(ranks):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_equal_those_of_one_process(ranks, layout):
     for rank in ranks:
-        right = {k: v for k, v in rank["law"].items() if k.endswith("right")}
+        right = {k: v for k, v in rank["law"][layout].items() if k.endswith("right")}
         assert len(right) == 5
         assert max(right.values()) < 1e-10, right
 
 
-def test_a_mean_of_means_over_ranks_would_be_noticed(ranks):
-    wrong = {k: v for k, v in ranks[0]["law"].items() if k.endswith("own weights")}
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_gradient_norm_is_that_of_the_whole(ranks, layout):
+    for rank in ranks:
+        norms = {k: v for k, v in rank["law"][layout].items() if k.endswith("norm")}
+        assert max(norms.values()) < 1e-10, norms
+        # torch adds 1e-6 to the norm before it divides by it
+        clipped = {k: v for k, v in rank["law"][layout].items() if k.endswith("clipped")}
+        assert max(clipped.values()) < 1e-5, clipped
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "tp"])
+def test_a_mean_of_means_over_ranks_would_be_noticed(ranks, layout):
+    wrong = {k: v for k, v in ranks[0]["law"][layout].items() if k.endswith("own weights")}
     assert min(wrong.values()) > 1e-4, wrong
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "tp"])
+def test_a_rollout_gathers_the_weights_once_whatever_its_length(ranks, layout):
+    for rank in ranks:
+        found = rank["sampling"][layout]
+        few, many, through_the_wrapper = found["counts"]
+        assert few == many > 0
+        assert found["weights"] and found["greedy"] and found["on meta again"]
+        if layout == "fsdp":
+            assert many == 3  # two blocks, and what lies around them
+            assert through_the_wrapper == 5 * 3  # what a forward per token would cost
 
 
 def test_messages(ranks):
