@@ -12,6 +12,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+# torch 2.13 has renamed both.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class Exchange:
     """The collectives of one group. All its ranks call each method, in the same order."""
@@ -60,19 +64,33 @@ class Exchange:
 
     def _join(self, part: Tensor, length: int) -> Tensor:
         stacked = part.new_empty(self.size * part.shape[0], *part.shape[1:])
-        dist.all_gather_into_tensor(stacked, part.contiguous(), group=self.group)
-        by_rank = stacked.unflatten(0, (self.size, -1))
-        return by_rank.movedim(0, 1).flatten(1, 2)[:, :length]
+        all_gather(stacked, part.contiguous(), group=self.group)
+        whole = stacked.unflatten(0, (self.size, -1)).movedim(0, 1).flatten(1, 2)
+        # Not a view: FSDP2 watches the tensors that leave a block.
+        return whole if whole.shape[1] == length else whole[:, :length].contiguous()
 
     def _reduce(self, x: Tensor) -> Tensor:
         by_rank = self._padded(x).unflatten(1, (self.size, -1)).movedim(1, 0).contiguous()
         out = torch.empty_like(by_rank[0])
-        dist.reduce_scatter_tensor(out, by_rank.flatten(0, 1), group=self.group)
+        reduce_scatter(out, by_rank.flatten(0, 1), group=self.group)
         return out
 
     def _padded(self, x: Tensor) -> Tensor:
         missing = -x.shape[1] % self.size
         return F.pad(x, (0, 0, 0, missing)) if missing else x
+
+
+def gather_along(part: Tensor, dim: int, length: int, group: dist.ProcessGroup) -> Tensor:
+    """Bring together what the ranks hold of dim `dim`, which has `length` in all and was cut as `Tensor.chunk` cuts."""
+    size = dist.get_world_size(group)
+    longest = -(-length // size)
+    part = part.movedim(dim, 0)
+    missing = longest - part.shape[0]
+    if missing:
+        part = torch.cat([part, part.new_zeros(missing, *part.shape[1:])])
+    whole = part.new_empty(size * longest, *part.shape[1:])
+    all_gather(whole, part.contiguous(), group=group)
+    return whole[:length].movedim(0, dim)
 
 
 class _Cut(torch.autograd.Function):

@@ -26,6 +26,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from distllm.engines.exchange import gather_along
 from distllm.engines.memory import prepare_blocks
 from distllm.engines.mesh import MeshOptions, build_mesh
 from distllm.engines.native import Caller, NativeEngine
@@ -136,7 +137,7 @@ class FSDP(NativeEngine):
         parts = [_local(g) for g in gradients]
         squares: dict[tuple[str, ...], Tensor] = {}
         for gradient, norm in zip(gradients, torch._foreach_norm(parts), strict=True):
-            axes = _sharded_axes(gradient)
+            axes = tuple(_dims(gradient))
             squares[axes] = squares.get(axes, 0.0) + norm.to(self.device).square()
         total = torch.stack([self._sum_over(axes, squares[axes]) for axes in sorted(squares)]).sum()
         norm = total.sqrt()
@@ -164,7 +165,7 @@ class FSDP(NativeEngine):
         modules = _sharded(self.caller)
         for module in modules:
             module.unshard()
-        whole = {n: _whole(p.detach()) for n, p in self.model.named_parameters()}
+        whole = {n: self._whole(p.detach()) for n, p in self.model.named_parameters()}
         buffers = dict(self.model.named_buffers())
         _assign(self._plain, whole, buffers)
         try:
@@ -179,7 +180,23 @@ class FSDP(NativeEngine):
     def _full(self, tensor: Tensor) -> Tensor:
         if not isinstance(tensor, DTensor):
             return tensor
-        return _whole(tensor.to(self.device) if self.options.cpu_offload else tensor)
+        return self._whole(tensor.to(self.device) if self.options.cpu_offload else tensor)
+
+    def _whole(self, tensor: Tensor) -> Tensor:
+        """Undo `_part`: bring the shards together, then the parts of the tp axis. Their ranks take part."""
+        if not isinstance(tensor, DTensor):
+            return tensor
+        dims = _dims(tensor)
+        shape, whole = list(tensor.shape), tensor.to_local()
+        if "tp" in dims:
+            shape[dims["tp"]] //= self.mesh["tp"].size()
+        if "dp_shard" in dims:
+            group = self.mesh["dp_shard"].get_group()
+            whole = gather_along(whole, dims["dp_shard"], shape[dims["dp_shard"]], group)
+        if "tp" in dims:
+            group = self.mesh["tp"].get_group()
+            whole = gather_along(whole, dims["tp"], tensor.shape[dims["tp"]], group)
+        return whole
 
     def _like(self, parameter: Tensor, full: Tensor) -> Tensor:
         if not isinstance(parameter, DTensor):
@@ -202,14 +219,12 @@ class FSDP(NativeEngine):
 
     def _part(self, parameter: DTensor, full: Tensor) -> Tensor:
         """Cut out this rank's part: first along tp, then, as FSDP2 does it, along dim 0 of what is left."""
-        names = parameter.device_mesh.mesh_dim_names or ()
-        placed = dict(zip(names, parameter.placements, strict=True))
         for axis in ("tp", "dp_shard"):
-            placement = placed.get(axis)
-            if placement is not None and hasattr(placement, "dim"):
-                chunks = full.chunk(self.mesh[axis].size(), placement.dim)
+            dim = _dims(parameter).get(axis)
+            if dim is not None:
+                chunks = full.chunk(self.mesh[axis].size(), dim)
                 rank = self.mesh[axis].get_local_rank()
-                full = chunks[rank] if rank < len(chunks) else full.narrow(placement.dim, 0, 0)
+                full = chunks[rank] if rank < len(chunks) else full.narrow(dim, 0, 0)
         return full
 
 
@@ -221,17 +236,17 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _sharded_axes(tensor: Tensor) -> tuple[str, ...]:
+def _dims(tensor: Tensor) -> dict[str, int]:
+    """Return mesh axis -> dim of `tensor` that is cut along it."""
     if not isinstance(tensor, DTensor):
-        return ()
+        return {}
     names = tensor.device_mesh.mesh_dim_names or ()
-    placed = zip(names, tensor.placements, strict=True)
     # torch's strided shards (FSDP2 over tensor parallel) are no `Shard`, but have its `dim`.
-    return tuple(n for n, placement in placed if hasattr(placement, "dim"))
+    return {
+        name: placement.dim
+        for name, placement in zip(names, tensor.placements, strict=True)
+        if hasattr(placement, "dim")
+    }
 
 
 def _assign(model: nn.Module, parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:

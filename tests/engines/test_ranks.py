@@ -20,7 +20,7 @@ def ranks():
 def test_gradients_equal_those_of_one_process(ranks, layout):
     for rank in ranks:
         right = {k: v for k, v in rank["law"][layout].items() if k.endswith("right")}
-        assert len(right) == 5
+        assert len(right) >= 2
         assert max(right.values()) < 1e-10, right
 
 
