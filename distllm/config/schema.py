@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from distllm import registry
+from distllm.engines.cluster import ClusterOptions
 from distllm.engines.options import HardwareOptions
 from distllm.generation.options import GenerationOptions
 from distllm.objectives.options import PretrainOptions
@@ -61,7 +62,7 @@ def options_of(group: str) -> dict[str, Any]:
     if group == "stage":
         found = stages()
     elif group == "hardware":
-        found = {"auto": HardwareOptions}
+        found = {"auto": HardwareOptions, "cluster": ClusterOptions}
     elif group == "pipeline":
         found = {"none": PipelineOptions}
     else:

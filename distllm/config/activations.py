@@ -1,0 +1,232 @@
+"""Closed formulas for what one micro-batch holds on one process between forward and backward, and at the worst moment.
+
+Nothing is run or traced: every term is a count of numbers times their size, read off the code of the block, the norms,
+attention and the chunked loss, and each says which tensor it is. Weights, gradients and moments are in `memory.py`.
+
+Sizes: `tokens` = batch x seq; d = d_model, f = d_ff, q = n_heads x d_head, k = n_kv_heads x d_head. Numbers that heavy
+arithmetic makes take `e` bytes (4 in fp32, 2 in bf16); the residual stream and norms' internals are always fp32.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from distllm.config.shapes import ModelShape
+
+_FP32 = 4
+CHUNK_BYTES, SLICE_BYTES = 16 * 2**20, 2**20
+"""Logits of one chunk of the loss, and the part of it that is widened to fp32 at a time (`layers/cross_entropy.py`)."""
+LONGEST_BLOCKED = 1024
+"""Up to this length attention on a CPU keeps its probabilities (`layers/attention.py`)."""
+_RNG_STATE = 5056
+"""Bytes of the CPU generator's state, which recomputation keeps per block."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """What one process computes at a time, and how."""
+
+    batch: int
+    """Sequences."""
+    seq: int
+    """Tokens per sequence."""
+    element: int
+    """Bytes of a number of the heavy arithmetic."""
+    packed: bool = True
+    """Rows hold several documents: attention gets an explicit bias, positions differ between rows."""
+    on_cpu: bool = True
+    checkpointing: str = "none"
+    compiled: bool = False
+    casts_weights: bool = True
+    """Weights are kept in fp32 and copied to the dtype of the arithmetic where it is used (autocast)."""
+    tp: int = 1
+    """Processes that split each matrix product; with sequence parallel norms the residual stream is split too."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the micro-batch."""
+        return self.batch * self.seq
+
+    @property
+    def copies(self) -> int:
+        """Bytes per multiplied weight of its copy in the dtype of the arithmetic."""
+        return self.element if self.casts_weights and self.element < _FP32 else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Bytes that one block holds, by when the backward gives them back."""
+
+    attention: int
+    """The first norm's input, attention's internals and the input of its output projection."""
+    feed_forward: int
+    """The second norm's input, the feed-forward layer's internals."""
+    copies: int
+    """Copies of the block's weights in the dtype of the arithmetic."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.attention + self.feed_forward + self.copies
+
+
+def block_held(shape: ModelShape, work: MicroBatch) -> Held:
+    """Count what one block holds when nothing of it is recomputed."""
+    own, e = work.tokens // work.tp, work.element
+    norm = _norm_held(own, shape.d_model, work)
+    into = 0 if work.compiled else e * work.tokens * shape.d_model  # a compiler recomputes norms
+    # Gated: gate, its activation, up and the product of both; plain: up and its activation. relu needs its result only,
+    # and a compiler recomputes what costs no product.
+    parts = 4 if shape.gated else 2
+    parts = parts // 2 if work.compiled else parts - shape.activation_keeps_result
+    inner = parts * e * work.tokens * shape.d_ff // work.tp
+    dropped = (e if work.on_cpu else 1) * own * shape.d_model if shape.has_dropout else 0
+    # Norms behind attention and feed-forward keep what those return.
+    behind = (e * own * shape.d_model + _FP32 * own) if shape.norms_outputs else 0
+    return Held(
+        attention=norm + into + _attention_held(shape, work) + dropped + behind,
+        feed_forward=norm + into + inner + dropped + behind,
+        copies=work.copies * shape.block_multiplied // work.tp,
+    )
+
+
+def _norm_held(tokens: int, d: int, work: MicroBatch) -> int:
+    """Input and reciprocal norm; outside the CPU's own kernel also the scaled input and three numbers per token."""
+    held = _FP32 * tokens * (d + 1)
+    return held if work.on_cpu or work.compiled else held + _FP32 * tokens * (d + 2)
+
+
+def _attention_held(shape: ModelShape, work: MicroBatch) -> int:
+    e, tokens = work.element, work.tokens
+    q, k = shape.q_width // work.tp, shape.kv_width // work.tp
+    held = e * tokens * (q + 2 * k)  # queries, keys and values, rotated and laid out by heads
+    held += (
+        e * tokens * q
+    )  # the mixed values: attention's result, and the output projection's input
+    heads = shape.n_heads // work.tp
+    if shape.norms_heads:  # the projected queries and keys, and a reciprocal norm for each head
+        held += e * tokens * (q + k) + _FP32 * tokens * (q + k) // shape.d_head
+    if _keeps_probabilities(work):
+        return held + e * work.batch * heads * visible_pairs(work.seq)
+    return held + _FP32 * tokens * heads  # log-sum-exp of a fused kernel
+
+
+def _keeps_probabilities(work: MicroBatch) -> bool:
+    return work.on_cpu and 1 < work.seq <= LONGEST_BLOCKED
+
+
+def _rows_per_block(seq: int) -> int:
+    return max(64, -(-seq // 128) * 32)
+
+
+def visible_pairs(seq: int) -> int:
+    """Count query-key pairs of causal attention in blocks of queries that meet the keys up to their own end."""
+    rows = _rows_per_block(seq)
+    ends = [min(start + rows, seq) for start in range(0, seq, rows)]
+    return sum((end - start) * end for start, end in zip(range(0, seq, rows), ends, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """One moment of a step that can be the worst."""
+
+    name: str
+    activations: int
+    logits: int
+    gradients: float
+    """Share of the weights that have a gradient already in the first micro-batch of a step; in later ones all do."""
+
+    @property
+    def total(self) -> int:
+        """Bytes without gradients."""
+        return self.activations + self.logits
+
+
+def moments(shape: ModelShape, work: MicroBatch) -> list[Moment]:
+    """List the moments of forward and backward that can be the worst one.
+
+    The gradient that the loss gives a tied embedding waits, as a temporary, for the embedding's own at the very end.
+    """
+    e, d, tokens = work.element, shape.d_model, work.tokens
+    own = tokens // work.tp
+    stream = _FP32 * own * d
+    block = block_held(shape, work)
+    recomputes = work.checkpointing == "full"
+    kept = stream + (_RNG_STATE if work.on_cpu else 0) if recomputes else block.total
+    blocks = shape.n_layers * kept
+    bias = e * work.batch * work.seq**2 if work.packed else 0
+    tables = 2 * e * (tokens if work.packed else work.seq) * shape.d_head
+    shared = tables + (bias if recomputes or not _keeps_probabilities(work) else 0)
+    final = _FP32 * own * (d + 1)
+    cached = shape.n_layers * block.copies if recomputes else 0
+    hidden = e * tokens * d
+
+    head = _FP32 * shape.head_multiplied // work.tp
+    waiting = head if shape.tied else 0
+    loss_forward, loss_backward = loss_bytes(shape, work)
+    inner = e * tokens * shape.d_ff // work.tp
+    again = block.total - stream if recomputes else 0
+    norm_temporaries = 3 * stream + (hidden if e < _FP32 else 0)
+
+    all_parameters = shape.parameters
+    per_block = sum(map(math.prod, shape.block))
+    down = shape.d_model * shape.d_ff
+    half = down * (3 if shape.gated else 2) + shape.q_width * shape.d_model
+    behind = 0 if shape.tied else shape.head_multiplied
+    before_first = behind + (shape.n_layers - 1) * per_block
+    embedding = shape.embedding_multiplied
+
+    found = [
+        Moment("loss, forward", blocks + shared + final + hidden + cached, loss_forward, 0.0),
+        Moment("loss, backward", blocks + shared + final, loss_backward, 0.0),
+        Moment("final norm, backward", blocks + shared + final + norm_temporaries, waiting,
+               behind / all_parameters),
+        Moment("embedding, backward", shared, _FP32 * embedding // work.tp + 2 * waiting or stream,
+               1 - embedding / all_parameters),
+    ]  # fmt: skip
+    for name, number, done in (("last", shape.n_layers, behind), ("first", 1, before_first)):
+        rest = number * kept + again + shared
+        found += [
+            Moment(f"{name} feed-forward, backward",
+                   rest + stream + 2 * inner - work.copies * down // work.tp, waiting,
+                   (done + down) / all_parameters),
+            Moment(f"{name} attention, backward",
+                   rest - block.feed_forward + stream + _attention_backward(shape, work), waiting,
+                   (done + half) / all_parameters),
+        ]  # fmt: skip
+    return found
+
+
+def _attention_backward(shape: ModelShape, work: MicroBatch) -> int:
+    """Count the temporaries of attention's backward at its worst."""
+    e, tokens = work.element, work.tokens
+    q, k = shape.q_width // work.tp, shape.kv_width // work.tp
+    # The gradient that comes in takes the place of the mixed values, whose last reader has run.
+    outgoing = e * tokens * (q + 2 * k)
+    if not _keeps_probabilities(work):
+        return outgoing
+    starts = range(0, work.seq, _rows_per_block(work.seq))
+    last = work.seq - starts[-1]
+    # Of one block of queries: gradients of probabilities and of scores, and the first of the next block beside them.
+    pairs = 2 * last * work.seq
+    if len(starts) > 1:
+        pairs += _rows_per_block(work.seq) * starts[-1]
+    slices = 2 * e * work.batch * last * q
+    return outgoing + slices + e * work.batch * (shape.n_heads // work.tp) * pairs
+
+
+def loss_bytes(shape: ModelShape, work: MicroBatch) -> tuple[int, int]:
+    """Count what the chunked loss takes at its worst: (in forward, in backward)."""
+    e, tokens, vocab = work.element, work.tokens, shape.vocab_size // work.tp
+    matrix, hidden = vocab * shape.d_model, e * tokens * shape.d_model
+    rows = min(tokens, max(1, CHUNK_BYTES // (vocab * e)))
+    part = min(rows, max(1, SLICE_BYTES // (vocab * _FP32)))
+    chunk = rows * vocab * e
+    fixed = hidden + _FP32 * matrix + work.copies * matrix
+    # Beside a chunk: its widened slices, or the next chunk, or its share of the matrix's gradient.
+    following = min(rows, tokens - rows) * vocab * e
+    slices = (2 if e < _FP32 else 1) * _FP32 * part * vocab
+    forward = fixed + chunk + max(slices, following, e * matrix)
+    backward = 2 * hidden + 2 * _FP32 * matrix
+    return forward, backward

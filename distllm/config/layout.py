@@ -1,0 +1,93 @@
+"""How an engine spreads a model over processes, in numbers: what is split, over how many, and what talks to what."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from distllm.config.shapes import ModelShape, Size
+
+SHARDED_FROM = {"optimizer": 1, "gradients": 2, "weights": 3}
+"""What is split over the sharding processes -> the ZeRO stage from which on it is.
+
+Reference: Rajbhandari et al. 2020, ZeRO, arXiv 1910.02054, figure 1.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Sizes of the mesh and the stage of sharding. FSDP is stage 3, DDP and one process are stage 0."""
+
+    engine: str = "single"
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    tp: int = 1
+    pp: int = 1
+    """Pipeline stages. No engine here has them; published runs do."""
+    pp_chunks: int = 1
+    """Pieces of the model per pipeline stage (interleaved schedule)."""
+    zero_stage: int = 0
+    reshard: bool = True
+    """Stage 3: give gathered weights back after a block's forward and gather them again in the backward."""
+    offload_optimizer: bool = False
+    """Optimizer moments and master weights live in the host's memory."""
+    offload_parameters: bool = False
+    """Sharded weights live in the host's memory."""
+    overlaps_tp: bool = False
+    """Products are cut into pieces whose transfers hide behind each other (asynchronous tensor parallel)."""
+
+    @property
+    def dp(self) -> int:
+        """Processes that see different data."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def world_size(self) -> int:
+        """All processes."""
+        return self.dp * self.tp * self.pp
+
+    def shards(self, what: str) -> int:
+        """Return over how many data-parallel processes `what` (weights, gradients, optimizer) is split."""
+        return self.dp_shard if self.zero_stage >= SHARDED_FROM[what] else 1
+
+
+def layout_of(options: Any, world_size: int) -> Layout:
+    """Read the layout of engine `options` on `world_size` processes."""
+    name, mesh = options.name, getattr(options, "mesh", None)
+    if name == "single":
+        return Layout()
+    tp = mesh.tp_size if mesh else 1
+    replicate = mesh.dp_replicate if mesh else 1
+    shard = (mesh.dp_shard if mesh else 0) or max(1, world_size // (replicate * tp))
+    stage = {"fsdp": 3}.get(name, getattr(options, "zero_stage", 0))
+    if stage == 0:
+        replicate, shard = replicate * shard, 1
+    return Layout(
+        engine=name,
+        dp_replicate=replicate,
+        dp_shard=shard,
+        tp=tp,
+        zero_stage=stage,
+        reshard=getattr(options, "reshard_after_forward", True),
+        offload_optimizer=bool(getattr(options, "offload_optimizer", False)),
+        offload_parameters=bool(getattr(options, "offload_parameters", False)),
+    )
+
+
+def local_numel(sizes: tuple[Size, ...], layout: Layout, shards: int) -> int:
+    """Count the numbers of `sizes` on the fullest process: matrices cut by tp, then dim 0 of each over `shards`."""
+    return sum(_local(size, layout.tp, shards) for size in sizes)
+
+
+def _local(size: Size, tp: int, shards: int) -> int:
+    if len(size) < 2:
+        return -(-math.prod(size) // shards)  # gains stay whole under tensor parallel
+    numel = math.prod(size)
+    rows = -(-size[0] // shards)
+    return -(-rows * (numel // size[0]) // tp)
+
+
+def stage_layers(shape: ModelShape, layout: Layout) -> int:
+    """Return the blocks of the fullest pipeline stage."""
+    return -(-shape.n_layers // layout.pp)

@@ -1,0 +1,103 @@
+"""The numbers of a model that formulas need, read off the real class once, built without memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from distllm.config.footprint import build_meta
+
+Size = tuple[int, ...]
+"""Shape of one parameter."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """Sizes of a stack of equal blocks between an embedding and a head."""
+
+    vocab_size: int
+    d_model: int
+    d_ff: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    gated: bool
+    activation_keeps_result: bool
+    """The activation's backward needs its result, not its argument (relu)."""
+    has_dropout: bool
+    norms_outputs: bool
+    """What attention and feed-forward return is normalised too."""
+    norms_heads: bool
+    """Queries and keys are normalised per head."""
+    tied: bool
+    """The output matrix is the embedding's."""
+    block: tuple[Size, ...]
+    """Parameters of one block."""
+    rest: tuple[Size, ...]
+    """All other parameters: embeddings, final norm, head."""
+    head_multiplied: int
+    """Weights of the output matrix; 0 for a scalar head."""
+
+    @property
+    def q_width(self) -> int:
+        """Channels of all query heads."""
+        return self.n_heads * self.d_head
+
+    @property
+    def kv_width(self) -> int:
+        """Channels of all key heads."""
+        return self.n_kv_heads * self.d_head
+
+    @property
+    def block_multiplied(self) -> int:
+        """Weights of one block that every token is multiplied with."""
+        return sum(map(math.prod, (s for s in self.block if len(s) > 1)))
+
+    @property
+    def multiplied(self) -> int:
+        """Weights that every token is multiplied with."""
+        return self.n_layers * self.block_multiplied + self.head_multiplied
+
+    @property
+    def embedding_multiplied(self) -> int:
+        """Weights of the token embedding."""
+        return self.vocab_size * self.d_model
+
+    @property
+    def parameters(self) -> int:
+        """All parameters."""
+        return self.n_layers * sum(map(math.prod, self.block)) + sum(map(math.prod, self.rest))
+
+
+def shape_of_model(options: Any, head: str = "lm") -> ModelShape:
+    """Read the shape of the architecture that `options` describe.
+
+    One block is built and stands for all, so that 126 blocks take no longer than one.
+    """
+    model: Any = build_meta(replace(options, n_layers=1), head)
+    (block,) = model.blocks()
+    own = {id(p) for p in block.parameters()}
+    projection = getattr(model.head, "projection", None)
+    looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    return ModelShape(
+        vocab_size=options.vocab_size,
+        d_model=options.d_model,
+        d_ff=options.d_ff,
+        n_layers=options.n_layers,
+        n_heads=options.n_heads,
+        n_kv_heads=options.n_kv_heads,
+        d_head=model.d_head,
+        gated=getattr(options, "gated", True),
+        activation_keeps_result=getattr(options, "activation", "silu") in ("relu", "relu2"),
+        has_dropout=options.dropout > 0,
+        norms_outputs=getattr(options, "norm_placement", "pre") == "sandwich",
+        norms_heads=getattr(options, "qk_norm", "none") == "head",
+        tied=projection is not None and id(projection) in looked_up,
+        block=tuple(tuple(p.shape) for p in block.parameters()),
+        rest=tuple(tuple(p.shape) for p in model.parameters() if id(p) not in own),
+        head_multiplied=0 if projection is None else projection.numel(),
+    )

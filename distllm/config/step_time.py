@@ -1,0 +1,141 @@
+"""Predicts the time of an optimizer step on a cluster: arithmetic, memory traffic, communication that nothing hides.
+
+Four costs per block: matrix products, attention, what moves through the GPU's memory, transfers. How close real runs
+come to the datasheet is in `Efficiency`: five numbers, fitted to five published runs by `benchmarks/plan_published.py`,
+which reports the error on the runs it did not see.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from distllm.config.activations import MicroBatch, block_held
+from distllm.config.communication import Transfer, transfers
+from distllm.config.layout import Layout, local_numel, stage_layers
+from distllm.config.shapes import ModelShape
+from distllm.engines.cluster import ClusterOptions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Efficiency:
+    """How close to the datasheet a step comes."""
+
+    matmul: float = 0.75
+    """Share of the bf16 (or fp32) peak in the products of linear layers."""
+    fp8: float = 0.6
+    """Share of the fp8 peak in the products of linear layers."""
+    attention: float = 0.4
+    """Share of the bf16 peak in fused attention, counting visible pairs only."""
+    traffic: float = 4.0
+    """Bytes moved through memory per byte that a block holds for its backward, forward and backward together, over the
+    share of the bandwidth that is reached."""
+    links: float = 0.7
+    """Share of the links' rate that collectives reach."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTime:
+    """Seconds of one optimizer step on one GPU."""
+
+    matmul_s: float
+    attention_s: float
+    traffic_s: float
+    """Elementwise work, norms and the loss, which wait for memory."""
+    optimizer_s: float
+    communication_s: float
+    """Of all transfers, hidden or not."""
+    exposed_s: float
+    """The part of it that nothing hides."""
+    bubble_s: float
+    """Waiting of a pipeline that fills and drains."""
+    transfers: tuple[Transfer, ...]
+
+    @property
+    def step_s(self) -> float:
+        """The whole step."""
+        compute = self.matmul_s + self.attention_s + self.traffic_s + self.optimizer_s
+        return compute + self.exposed_s + self.bubble_s
+
+
+def step_time(
+    shape: ModelShape,
+    work: MicroBatch,
+    layout: Layout,
+    accum: int,
+    cluster: ClusterOptions,
+    *,
+    fp8: bool = False,
+    recomputed_matmuls: float = 1.0,
+    efficiency: Efficiency | None = None,
+) -> StepTime:
+    """Predict one step of `accum` micro-batches.
+
+    Args:
+        shape: of the model.
+        work: one micro-batch of one data-parallel rank.
+        layout: of the engine.
+        accum: micro-batches per step.
+        cluster: the machines.
+        fp8: linear layers multiply in fp8.
+        recomputed_matmuls: share of a block's products that recomputation repeats (where there is any).
+        efficiency: other numbers than the calibrated ones.
+    """
+    eff = efficiency or Efficiency()
+    layers = stage_layers(shape, layout)
+    recompute = {"none": 0.0, "full": 1.0, "selective": recomputed_matmuls}[work.checkpointing]
+    peak = 1e12 * (cluster.peak_bf16_tflops if work.element == 2 else cluster.peak_fp32_tflops)
+    products = 1e12 * cluster.peak_fp8_tflops * eff.fp8 if fp8 else peak * eff.matmul
+
+    block_flops = 2 * work.tokens * shape.block_multiplied / layout.tp
+    head_flops = 2 * work.tokens * shape.head_multiplied / layout.tp / layout.pp
+    # The visible half of the pairs; fused kernels multiply once more in the backward to recompute the scores.
+    pair_flops = 2 * work.tokens * work.seq * shape.q_width / layout.tp
+    attends_again = 1.0 if work.checkpointing == "full" else 0.0
+    forward = {
+        "matmul": layers * block_flops / products + head_flops / (peak * eff.matmul),
+        "attention": layers * pair_flops / (peak * eff.attention),
+    }
+    backward = {
+        "matmul": layers * (2 + recompute) * block_flops / products
+        + 2 * head_flops / (peak * eff.matmul),
+        "attention": layers * (2.5 + attends_again) * pair_flops / (peak * eff.attention),
+    }
+    moved = layers * _held(shape, work) * eff.traffic / (1e9 * cluster.memory_gb_per_s)
+    repeated = 0.0 if work.checkpointing == "none" else 1.0
+    forward["traffic"], backward["traffic"] = moved / 3, moved * (2 + repeated) / 3
+
+    sent = tuple(transfers(shape, work, layout, accum))
+    exposed = 0.0
+    for phase, compute in (("forward", forward), ("backward", backward)):
+        mine = [t for t in sent if t.phase == phase]
+        hidden = sum(t.seconds(cluster, eff.links) for t in mine if t.hidden)
+        exposed += sum(t.seconds(cluster, eff.links) for t in mine if not t.hidden)
+        exposed += max(0.0, hidden - accum * sum(compute.values()))
+    exposed += sum(t.seconds(cluster, eff.links) for t in sent if t.phase == "update")
+
+    totals = {key: accum * (forward[key] + backward[key]) for key in forward}
+    states = layers * local_numel(shape.block, layout, layout.shards("optimizer"))
+    states += local_numel(shape.rest, layout, layout.shards("optimizer"))
+    optimizer = _OPTIMIZER_TRAFFIC * states / (1e9 * cluster.memory_gb_per_s)
+    waits = (layout.pp - 1) / layout.pp_chunks / accum
+    bubble = waits * (sum(totals.values()) + exposed)
+    return StepTime(
+        matmul_s=totals["matmul"],
+        attention_s=totals["attention"],
+        traffic_s=totals["traffic"],
+        optimizer_s=optimizer,
+        communication_s=sum(t.seconds(cluster, eff.links) for t in sent),
+        exposed_s=exposed,
+        bubble_s=bubble,
+        transfers=sent,
+    )
+
+
+_OPTIMIZER_TRAFFIC = 32
+"""Bytes per weight that a step of AdamW reads (gradient twice, weight, two moments) and writes (weight, two moments)."""
+
+
+def _held(shape: ModelShape, work: MicroBatch) -> int:
+    """Return what a block would hold without recomputation, as a measure of what moves through memory."""
+    held = block_held(shape, work)
+    return held.attention + held.feed_forward
