@@ -1,7 +1,7 @@
-"""What a model costs: parameters per part, floating-point operations per token, bytes held for the backward pass.
+"""What a model costs: parameters per part, bytes held for the backward pass by any architecture.
 
 Everything is read off the real model class, built without memory (meta or fake tensors), so that it holds for any
-architecture and follows its code. Which models a stage needs is in `plan.py`.
+architecture and follows its code. Floating-point operations are in `flops.py`; which models a stage needs in `plan.py`.
 """
 
 from collections import Counter
@@ -29,32 +29,6 @@ def parameters_by_part(model: nn.Module) -> dict[str, int]:
         part = words[2] if words[1].isdigit() else words[0]
         counts["norms" if part.endswith("norm") else part] += parameter.numel()
     return dict(counts)
-
-
-def matmul_parameters(model: nn.Module) -> int:
-    """Count the weights that every token is multiplied with.
-
-    Embeddings are looked up, not multiplied; an output matrix is, even where it is the embedding's (tied).
-    """
-    looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    projection = getattr(model.head, "projection", None)
-    count = sum(p.numel() for p in model.parameters() if p.ndim > 1 and id(p) not in looked_up)
-    if projection is not None and id(projection) in looked_up:
-        count += projection.numel()
-    return count
-
-
-def flops_per_token(model: Any, seq_len: int, *, causal_half: bool) -> int:
-    """Count the floating-point operations of one training token: forward plus a backward of twice that.
-
-    A multiplication with its addition counts as 2. Per layer attention costs 4 x seq_len x n_heads x d_head forward
-    when every token is counted as seeing the whole row, as PaLM (arXiv 2204.02311, appendix B) and most reports
-    do; half of it when only the visible keys are counted, as fused kernels compute.
-    """
-    options = model.options
-    width = options.n_heads * model.d_head
-    attention = 4 * options.n_layers * seq_len * width // (2 if causal_half else 1)
-    return 3 * (2 * matmul_parameters(model) + attention)
 
 
 def weight_bytes(model: nn.Module, dtype: torch.dtype = torch.float32) -> int:

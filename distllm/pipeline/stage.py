@@ -15,9 +15,13 @@ from typing import Any
 
 from distllm.arch.io import save_model
 from distllm.config.checks import check_training
+from distllm.config.flops import token_flops
+from distllm.config.footprint import build_meta
 from distllm.config.schema import Config, to_dict
 from distllm.engines import collectives
+from distllm.engines.base import Engine
 from distllm.engines.hardware import tune_cpu
+from distllm.engines.peak import peak_flops_per_s
 from distllm.engines.processes import phase
 from distllm.errors import CheckpointError
 from distllm.pipeline import reinforcement, supervised
@@ -30,6 +34,7 @@ from distllm.train.checkpoint import Checkpoints
 from distllm.train.files import atomic_write_json, free_bytes
 from distllm.train.intervals import paired_interval
 from distllm.train.loop import Loop
+from distllm.train.meters import Meters
 from distllm.train.rng import seed_all
 from distllm.train.signals import StopFlag
 from distllm.train.state import RunState
@@ -138,6 +143,7 @@ def _train(
     )
     model: Any = main.model
     tracked = state.restore(loop)
+    _meter_flops(config, trained, notes, loop.meters)
     tracker.restore(tracked or {}, loop.step)
     parts.connect(tracker, loop.stop_requested)
     before_s = notes["train_s"]
@@ -187,6 +193,20 @@ def _export(
     save_model(model, parts.tokenizer, folder / "model", state=weights, end_ids=builder.end_ids)
     atomic_write_json(folder / "lineage.json", lineage)
     atomic_write_json(folder / "result.json", result)
+
+
+def _meter_flops(
+    config: Config, engines: dict[str, Engine], notes: dict[str, Any], meters: Meters
+) -> None:
+    """Tell the meters what a token costs and what all processes together could compute."""
+    for role, engine in engines.items():
+        model: Any = engine.model
+        meters.costs[role] = token_flops(build_meta(model.options, model.head_name))
+    first = next(iter(engines.values()))
+    known = notes.get("peak_flops_per_s", {})
+    source, rate = peak_flops_per_s(config.hardware, first.device, first.dtype, known)
+    notes["peak_flops_per_s"] = {source: rate}
+    meters.peak_flops_per_s = rate * first.ranks.world_size
 
 
 def disk_is_full(error: Exception) -> bool:

@@ -93,7 +93,7 @@ class Loop:
                 tokens = tokens or result.num_tokens
             self.step += 1
 
-            self.meters.add(metrics, tokens, time.monotonic() - started)
+            self.meters.add(metrics, work, tokens, time.monotonic() - started)
             self.progress(self.step, metrics)
             if self.step % options.log_every_steps == 0 or self.step == options.max_steps:
                 self.log(self.step, {"stage": self.stage, **self.meters.flush()})

@@ -5,50 +5,106 @@ from __future__ import annotations
 import math
 import resource
 import sys
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 
+from distllm.train.micro_batches import num_tokens
+from distllm.types import Batch
+
+
+class Cost(Protocol):
+    """Floating-point operations of one training token."""
+
+    def __call__(self, row: float, *, causal_half: bool) -> float:
+        """Return those of a token in a row of `row` tokens, in one of the two published conventions."""
+        ...
+
 
 class Meters:
-    """Collects step metrics and empties itself at each log line."""
+    """Collects step metrics and empties itself at each log line.
 
-    def __init__(self, flops_per_token: float = 0.0, peak_flops_per_s: float = 0.0) -> None:
-        self.flops_per_token, self.peak_flops_per_s = flops_per_token, peak_flops_per_s
+    Model FLOPs utilisation counts what the trained models have to compute for the tokens they learn from; sampling and
+    scoring in RL count as time only.
+    """
+
+    def __init__(self, costs: dict[str, Cost] | None = None, peak_flops_per_s: float = 0.0) -> None:
+        """Start empty.
+
+        Args:
+            costs: role of a trained engine -> what a token costs it.
+            peak_flops_per_s: of all processes together; 0 = unknown.
+        """
+        self.costs, self.peak_flops_per_s = costs or {}, peak_flops_per_s
         self._clear()
 
-    def add(self, metrics: dict[str, float], tokens: int, seconds: float) -> None:
-        """Take in one step. Tokens are those that the first engine learned from, over all ranks."""
+    def add(
+        self, metrics: dict[str, float], work: Sequence[Any], tokens: int, seconds: float
+    ) -> None:
+        """Take in one step.
+
+        Args:
+            metrics: of the step.
+            work: what each engine learned, on this rank; its rows stand for those of all ranks.
+            tokens: what the first engine learned from, over all ranks.
+            seconds: of the step.
+        """
         for key, value in metrics.items():
             self._sums.setdefault(key, []).append(value)
         self._tokens += tokens
+        for part in work:
+            cost = self.costs.get(part.engine.role)
+            if cost is not None:
+                row = mean_row(part.micro_batches)
+                self._flops += tokens * cost(row, causal_half=False)
+                self._causal_flops += tokens * cost(row, causal_half=True)
         self._seconds += seconds
         self._steps += 1
 
     def flush(self) -> dict[str, float]:
         """Return the means since the last flush, with throughput."""
         out = {k: sum(v) / len(v) for k, v in self._sums.items()}
-        rate = self._tokens / self._seconds if self._seconds else 0.0
-        out["perf/tokens_per_s"] = rate
+        seconds = self._seconds or math.inf
+        out["perf/tokens_per_s"] = self._tokens / seconds
         out["perf/step_s"] = self._seconds / max(1, self._steps)
-        if self.peak_flops_per_s:
-            out["perf/mfu"] = rate * self.flops_per_token / self.peak_flops_per_s
+        if self._tokens and self._flops:
+            out["perf/flops_per_token"] = self._flops / self._tokens
+            out["perf/flops_per_token_causal"] = self._causal_flops / self._tokens
+            if self.peak_flops_per_s:
+                available = self.peak_flops_per_s * seconds
+                out["perf/mfu"] = self._flops / available
+                out["perf/mfu_causal"] = self._causal_flops / available
         out["mem/peak_gib"] = peak_memory_gib()
         self._clear()
         return {k: v for k, v in out.items() if not (isinstance(v, float) and math.isnan(v))}
 
     def state(self) -> dict[str, Any]:
         """Return the collected numbers as JSON; times start anew after a resume."""
-        return {"sums": self._sums, "steps": self._steps, "tokens": self._tokens}
+        return {
+            "sums": self._sums,
+            "steps": self._steps,
+            "tokens": self._tokens,
+            "flops": [self._flops, self._causal_flops],
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what `state` returned."""
         self._sums = {k: list(v) for k, v in state["sums"].items()}
         self._steps, self._tokens = state["steps"], state["tokens"]
+        self._flops, self._causal_flops = state.get("flops", (0.0, 0.0))
 
     def _clear(self) -> None:
         self._sums: dict[str, list[float]] = {}
         self._tokens, self._seconds, self._steps = 0, 0.0, 0
+        self._flops = self._causal_flops = 0.0
+
+
+def mean_row(micro_batches: Sequence[Batch]) -> float:
+    """Return the length of the rows that the batches' tokens stand in, averaged over tokens; padding is no token."""
+    counts = [(num_tokens(b), b.input_ids.shape[1]) for b in micro_batches]
+    total = sum(tokens for tokens, _ in counts)
+    return sum(tokens * width for tokens, width in counts) / total if total else 0.0
 
 
 def peak_memory_gib() -> float:
