@@ -9,11 +9,13 @@ HELP = """
 usage: distllm plan [the settings of distllm train]
        distllm plan pipeline=NAME [the settings of distllm pipeline]
 
-Prints batch arithmetic, parameters per part, FLOPs per token and memory per process; for a pipeline, one line per
-stage. Starts nothing, writes nothing.
+Prints batch arithmetic, parameters per part, FLOPs per token and memory per process; with hardware=PRESET also what a
+step sends, how long it takes, and, when it does not fit, the cheapest change that makes it fit. For a pipeline, one
+line per stage. Starts nothing, writes nothing.
 
 Examples:
   distllm plan train.seq_len=512 train.global_batch_size=64
+  distllm plan hardware=64xh100 engine=fsdp engine.mesh.tp_size=8 train.seq_len=8192 arch.max_seq_len=8192
   distllm plan stage=ppo data=skills model=runs/sft/model
 """
 OWN = {"format": "table (default) or json"}
@@ -23,21 +25,28 @@ def run(arguments: Sequence[str]) -> int:
     """Print the plan."""
     given = split("plan", arguments, OWN)
 
-    from distllm.config.checks import check_training
+    from distllm.config.checks import check, check_training
     from distllm.config.compose import compose
-    from distllm.config.plan import count_epochs, make_plan, to_json
+    from distllm.config.plan import count_epochs, make_plan, planned_dp_size, to_json
+    from distllm.engines.cluster import ClusterOptions
     from distllm.errors import ConfigError
     from distllm.registry import unknown_name
 
     kind = given.own.get("format", "table")
     if kind not in ("table", "json"):
         raise ConfigError(unknown_name("format", kind, ("table", "json")))
-    config = compose(given.overrides, also_known=OWN)
+    config = compose(given.overrides, also_known=OWN, check=False)
     if config.pipeline.stages:
+        check(config)
         return _plan_pipeline(config)
-    check_training(config)
+    is_elsewhere = isinstance(config.hardware, ClusterOptions)
+    if is_elsewhere:  # this machine's devices, packages and data say nothing about that one
+        check(config, planned_dp_size(config))
+    else:
+        check_training(config)
     plan = make_plan(config)
-    plan.batch.update(count_epochs(config, _tokenizer(config)))
+    if not is_elsewhere:
+        plan.batch.update(count_epochs(config, _tokenizer(config)))
     if kind == "json":
         print(to_json(plan))
         return 0
@@ -47,8 +56,12 @@ def run(arguments: Sequence[str]) -> int:
     _section("batch", plan.batch)
     _section("parameters", plan.parameters)
     _section("floating-point operations (forward and backward)", plan.flops, _flops)
-    _section("memory per process (estimate)", plan.memory, _mib)
-    _compare_with_machine(plan.memory["total"])
+    _section("memory per process (predicted, each class at its worst)", plan.memory, _bytes)
+    if plan.communication:
+        _transfers(plan.communication)
+    if plan.time:
+        _times(plan.time)
+    _fit(plan.fit, "a GPU" if is_elsewhere else "this machine")
     return 0
 
 
@@ -80,7 +93,7 @@ def _plan_pipeline(config: Any) -> int:
             _plain(stage.train.global_batch_size),
             _plain(tokens),
             _flops(flops),
-            _mib(plan.memory["total"]),
+            _bytes(plan.memory["peak"]),
         )
     Console().print(table)
     return 0
@@ -112,16 +125,56 @@ def _flops(value: float) -> str:
     return f"{value:.3g} {units[0]}FLOP"
 
 
-def _mib(value: float) -> str:
-    return f"{value / 2**20:,.1f} MiB"
+def _bytes(value: float) -> str:
+    return f"{value / 2**30:,.2f} GiB" if value >= 2**30 else f"{value / 2**20:,.1f} MiB"
 
 
-def _compare_with_machine(needed: int) -> None:
-    from distllm.config.plan import available_bytes
+def _seconds(value: float) -> str:
+    return f"{value:,.2f} s" if value >= 1 else f"{value * 1000:,.2f} ms"
 
-    available = available_bytes()
-    if available:
-        fits = "fits in" if needed < available else "DOES NOT FIT in"
+
+def _transfers(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print what one process receives per step, and how much of it the arithmetic hides."""
+    print("\ncommunication per step and process (predicted)")
+    print(
+        f"  {'':<36} {'processes':>9} {'received':>11} {'time':>10} {'exposed':>10}  hidden behind"
+    )
+    for row in rows:
+        hidden = "nothing" if row["exposed_s"] == row["seconds"] else row["phase"]
         print(
-            f"\nThis {fits} the machine's {available / 2**30:.1f} GiB (Python and torch add about 0.5 GiB)."
+            f"  {row['what']:<36} {row['processes']:>9,} {_bytes(row['bytes']):>11} "
+            f"{_seconds(row['seconds']):>10} {_seconds(row['exposed_s']):>10}  {hidden}"
+        )
+
+
+def _times(rows: Mapping[str, float]) -> None:
+    print("\nstep time (predicted; how far to trust it: benchmarks/plan_published.py)")
+    for label, value in rows.items():
+        if label.startswith("MFU"):
+            shown = f"{value:.1%}"
+        elif label.startswith("tokens"):
+            shown = f"{value:,.0f}"
+        else:
+            shown = f"{value:,.2f} h" if label.startswith("hours") else _seconds(value)
+        print(f"  {label:<36} {shown:>16}")
+
+
+def _fit(fit: Mapping[str, Any], where: str) -> None:
+    print(f"\nThe peak is at: {fit['peak at']}.")
+    if fit["available"] is None:
+        return
+    room = f"{fit['available'] / 2**30:.1f} GiB"
+    if fit["fits"]:
+        print(f"It fits in the {room} that {where} has for tensors.")
+        return
+    print(f"It DOES NOT FIT in the {room} that {where} has for tensors.")
+    if fit.get("change"):
+        faster = "faster" if fit["then slower by"] < 0 else "slower"
+        print(
+            f"The cheapest change that makes it fit ({_bytes(fit['then peak'])}, GPU time per token "
+            f"{abs(fit['then slower by']):.0%} {faster}):\n  {fit['change']}"
+        )
+    elif "change" in fit:
+        print(
+            "No change of checkpointing, micro-batch, sharding, tensor parallel or GPUs makes it fit."
         )

@@ -38,8 +38,8 @@ class MicroBatch:
     on_cpu: bool = True
     checkpointing: str = "none"
     compiled: bool = False
-    casts_weights: bool = True
-    """Weights are kept in fp32 and copied to the dtype of the arithmetic where it is used (autocast)."""
+    casts_blocks: bool = True
+    """Weights of blocks are kept in fp32 and copied to the dtype of the arithmetic where they are used (autocast)."""
     tp: int = 1
     """Processes that split each matrix product; with sequence parallel norms the residual stream is split too."""
 
@@ -49,9 +49,14 @@ class MicroBatch:
         return self.batch * self.seq
 
     @property
+    def head_copies(self) -> int:
+        """Bytes per weight of the output matrix's copy in the dtype of the arithmetic."""
+        return self.element if self.element < _FP32 else 0
+
+    @property
     def copies(self) -> int:
-        """Bytes per multiplied weight of its copy in the dtype of the arithmetic."""
-        return self.element if self.casts_weights and self.element < _FP32 else 0
+        """The same for a block's weights."""
+        return self.head_copies if self.casts_blocks else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +228,7 @@ def loss_bytes(shape: ModelShape, work: MicroBatch) -> tuple[int, int]:
     rows = min(tokens, max(1, CHUNK_BYTES // (vocab * e)))
     part = min(rows, max(1, SLICE_BYTES // (vocab * _FP32)))
     chunk = rows * vocab * e
-    fixed = hidden + _FP32 * matrix + work.copies * matrix
+    fixed = hidden + _FP32 * matrix + work.head_copies * matrix
     # Beside a chunk: its widened slices, or the next chunk, or its share of the matrix's gradient.
     following = min(rows, tokens - rows) * vocab * e
     slices = (2 if e < _FP32 else 1) * _FP32 * part * vocab

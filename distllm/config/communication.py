@@ -82,11 +82,11 @@ def transfers(
     shard, stride = layout.dp_shard, layout.tp
     if stage == 3:
         e = work.element
-        # Root weights stay gathered from forward to backward.
+        # The root (embeddings, head) is gathered in fp32 and stays so from forward to backward.
         found += [
             Transfer("gather weights", "all_gather", e * block, layers * accum,
                      shard, stride, "forward", True),
-            Transfer("gather embedding and head", "all_gather", e * rest, accum,
+            Transfer("gather embedding and head", "all_gather", 4 * rest, accum,
                      shard, stride, "forward", False),
         ]  # fmt: skip
         if layout.reshard:
@@ -95,7 +95,7 @@ def transfers(
                          shard, stride, "backward", True)
             )  # fmt: skip
     if stage >= 2:
-        calls = accum if layout.engine == "deepspeed" else 1
+        calls = 1 if layout.reduces_once else accum
         found.append(
             Transfer("scatter gradients", "reduce_scatter", reduce_bytes * block, layers * calls,
                      shard, stride, "backward", True)

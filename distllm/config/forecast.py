@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 
-from distllm.config.activations import MicroBatch
+from distllm.config.activations import MicroBatch, Moment, loss_bytes
 from distllm.config.checks import model_options
+from distllm.config.flops import TokenFlops, token_flops
+from distllm.config.footprint import build_meta, cache_bytes, saved_bytes
 from distllm.config.layout import Layout, layout_of
 from distllm.config.memory import RankMemory, rank_memory
+from distllm.config.roles import Role, roles_of
 from distllm.config.schema import Config
 from distllm.config.shapes import ModelShape, has_formula, shape_of_model
 from distllm.config.step_time import StepTime, step_time
@@ -32,22 +34,62 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Models:
+    """Everything about a stage's models that does not depend on where they run."""
+
+    roles: list[Role]
+    shapes: dict[str, ModelShape]
+    """By role."""
+    flops: TokenFlops
+    """Of the first role."""
+    traces: dict[tuple[int, int], int] = field(default_factory=dict)
+    """(sequences, tokens) -> bytes that a traced forward held, for architectures without formulas."""
+
+    @property
+    def main(self) -> ModelShape:
+        """Shape of the model that the stage is about."""
+        return self.shapes[self.roles[0].name]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
     """What one process of a run needs and how long a step takes."""
 
-    shape: ModelShape
+    target: Target
     work: MicroBatch
     layout: Layout
     accum: int
     """Micro-batches per step."""
-    memory: RankMemory
+    memory: dict[str, RankMemory]
+    """By role."""
+    cache_bytes: int
+    """Keys and values while sampling."""
     time: StepTime | None
-    """None on a machine whose rates are not known."""
+    """Of the first role; None on a machine whose rates are not known."""
 
     @property
     def tokens_per_step(self) -> int:
         """Tokens of a step over all processes."""
         return self.work.tokens * self.accum * self.layout.dp
+
+    @property
+    def peak(self) -> int:
+        """Most bytes of one process: the worst moment of one trained model beside what the others hold all the time."""
+        resident = [m.weights + m.optimizer for m in self.memory.values()]
+        beyond = [m.peak - m.weights - m.optimizer for m in self.memory.values()]
+        return sum(resident) + max(*beyond, self.cache_bytes)
+
+    @property
+    def available(self) -> int | None:
+        """Bytes that tensors may take on one process of the planned cluster; None for this machine."""
+        if self.target.cluster is None:
+            return None
+        return int((self.target.cluster.memory_gib - self.target.cluster.reserve_gib) * 2**30)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak stays below what a GPU of the cluster has for tensors."""
+        return self.available is None or self.peak <= self.available
 
 
 def target_of(config: Config) -> Target:
@@ -70,50 +112,72 @@ def target_of(config: Config) -> Target:
     )
 
 
-def micro_batch(config: Config, target: Target, seq_len: int, tp: int) -> MicroBatch:
-    """Describe what one process computes at a time."""
-    pairs = 2 if config.stage.name == "reward" else 1
-    return MicroBatch(
-        batch=config.train.micro_batch_size * pairs,
-        seq=seq_len,
-        element=target.dtype.itemsize,
-        packed=config.stage.name == "pretrain",
-        on_cpu=target.on_cpu,
-        checkpointing=config.engine.activation_checkpointing,
-        compiled=config.engine.compile,
-        casts_weights=config.engine.name in ("single", "ddp", "accelerate"),
-        tp=tp,
-    )
+def models_of(config: Config) -> Models:
+    """Read the shapes of the stage's models."""
+    options, roles = model_options(config), roles_of(config)
+    shapes = {role.name: shape_of_model(options, role.head) for role in roles}
+    flops = token_flops(build_meta(options, roles[0].head))
+    return Models(roles=roles, shapes=shapes, flops=flops)
 
 
-def forecast(config: Config, head: str = "lm", shape: ModelShape | None = None) -> Forecast:
-    """Predict memory and time of a step of the model that `config` trains.
-
-    Args:
-        config: the run.
-        head: of the model.
-        shape: of the model, where it is known already.
+def forecast(config: Config, models: Models) -> Forecast:
+    """Predict memory and time of a step.
 
     Raises:
         UserError: this machine cannot compute as asked.
     """
-    target = target_of(config)
-    options = model_options(config)
-    shape = shape or shape_of_model(options, head)
+    target, options = target_of(config), model_options(config)
     layout = layout_of(config.engine, target.world_size)
-    work = micro_batch(config, target, min(config.train.seq_len, options.max_seq_len), layout.tp)
-    accum = max(1, config.train.global_batch_size // (config.train.micro_batch_size * layout.dp))
+    train, stage = config.train, config.stage
+    seq = min(train.seq_len, options.max_seq_len)
+    work = MicroBatch(
+        batch=train.micro_batch_size * (2 if stage.name == "reward" else 1),
+        seq=seq,
+        element=target.dtype.itemsize,
+        packed=stage.name == "pretrain",
+        on_cpu=target.on_cpu,
+        checkpointing=config.engine.activation_checkpointing,
+        compiled=config.engine.compile,
+        casts_blocks=layout.engine != "fsdp",
+        tp=layout.tp,
+    )
+    accum = max(1, train.global_batch_size // (train.micro_batch_size * layout.dp))
+    traced = None
+    if not has_formula(options):
+        traced = _traced(config, models, work, target.dtype)
+    memory = {
+        role.name: rank_memory(
+            models.shapes[role.name], work, layout, accum, moments=traced, trained=role.is_trained
+        )
+        for role in models.roles
+    }
+    cache = 0
+    if hasattr(stage, "rollout_batch_size"):
+        rows = -(-(stage.rollout_batch_size or train.global_batch_size) // layout.dp)
+        length = min(options.max_seq_len, seq + config.generation.max_new_tokens)
+        cache = cache_bytes(build_meta(options), rows, length, target.dtype)
     time = None
     if target.cluster is not None:
-        time = step_time(shape, work, layout, accum, target.cluster)
+        time = step_time(models.main, work, layout, accum, target.cluster)
     return Forecast(
-        shape=shape,
+        target=target,
         work=work,
         layout=layout,
         accum=accum,
-        memory=rank_memory(shape, work, layout, accum),
+        memory=memory,
+        cache_bytes=cache,
         time=time,
     )
 
 
-__all__ = ["Any", "Forecast", "Target", "forecast", "has_formula", "target_of"]
+def _traced(config: Config, models: Models, work: MicroBatch, dtype: torch.dtype) -> list[Moment]:
+    """Estimate the worst moment of an architecture without formulas, from a forward traced without memory."""
+    key, shape = (work.batch, work.seq), models.main
+    if key not in models.traces:
+        options = model_options(config)
+        models.traces[key] = saved_bytes(options, *key, dtype, packed=work.packed)
+    held = models.traces[key]
+    if work.checkpointing != "none":
+        inputs = shape.n_layers * 4 * work.tokens * shape.d_model
+        held = min(held, held // shape.n_layers + inputs)
+    return [Moment("loss, forward", held // work.tp, loss_bytes(shape, work)[0], 0.0)]

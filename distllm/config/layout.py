@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distllm.config.shapes import ModelShape, Size
+from distllm.engines.mesh import shape_of
 
 SHARDED_FROM = {"optimizer": 1, "gradients": 2, "weights": 3}
 """What is split over the sharding processes -> the ZeRO stage from which on it is.
@@ -30,10 +31,12 @@ class Layout:
     zero_stage: int = 0
     reshard: bool = True
     """Stage 3: give gathered weights back after a block's forward and gather them again in the backward."""
+    reduces_once: bool = True
+    """Gradients are brought together once per step, not after each micro-batch."""
     offload_optimizer: bool = False
-    """Optimizer moments and master weights live in the host's memory."""
-    offload_parameters: bool = False
-    """Sharded weights live in the host's memory."""
+    """Moments live in the host's memory."""
+    offload_weights: bool = False
+    """Sharded weights and gradients do, too."""
     overlaps_tp: bool = False
     """Products are cut into pieces whose transfers hide behind each other (asynchronous tensor parallel)."""
 
@@ -49,20 +52,21 @@ class Layout:
 
     def shards(self, what: str) -> int:
         """Return over how many data-parallel processes `what` (weights, gradients, optimizer) is split."""
-        return self.dp_shard if self.zero_stage >= SHARDED_FROM[what] else 1
+        whole = what == "gradients" and self.engine == "fsdp" and self.reduces_once
+        return 1 if whole or self.zero_stage < SHARDED_FROM[what] else self.dp_shard
 
 
 def layout_of(options: Any, world_size: int) -> Layout:
     """Read the layout of engine `options` on `world_size` processes."""
-    name, mesh = options.name, getattr(options, "mesh", None)
+    name = options.name
     if name == "single":
         return Layout()
-    tp = mesh.tp_size if mesh else 1
-    replicate = mesh.dp_replicate if mesh else 1
-    shard = (mesh.dp_shard if mesh else 0) or max(1, world_size // (replicate * tp))
+    sizes = shape_of(options, world_size)
+    tp, replicate, shard = sizes.tp, sizes.dp_replicate, sizes.dp_shard
     stage = {"fsdp": 3}.get(name, getattr(options, "zero_stage", 0))
     if stage == 0:
         replicate, shard = replicate * shard, 1
+    offloads = getattr(options, "cpu_offload", False)
     return Layout(
         engine=name,
         dp_replicate=replicate,
@@ -70,8 +74,9 @@ def layout_of(options: Any, world_size: int) -> Layout:
         tp=tp,
         zero_stage=stage,
         reshard=getattr(options, "reshard_after_forward", True),
-        offload_optimizer=bool(getattr(options, "offload_optimizer", False)),
-        offload_parameters=bool(getattr(options, "offload_parameters", False)),
+        reduces_once=stage < 2 or getattr(options, "no_sync", False),
+        offload_optimizer=offloads or getattr(options, "offload_optimizer", False),
+        offload_weights=offloads or getattr(options, "offload_parameters", False),
     )
 
 

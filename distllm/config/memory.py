@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from distllm.config.activations import MicroBatch, Moment, moments
+from distllm.config.activations import MicroBatch, Moment
+from distllm.config.activations import moments as formulas
 from distllm.config.layout import Layout, local_numel, stage_layers
 from distllm.config.shapes import ModelShape
 
@@ -23,16 +24,16 @@ class RankMemory:
 
     weights: int
     """Master weights, and the copies that an engine keeps beside them."""
-    gradients: int
-    optimizer: int
-    activations: int
-    logits: int
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    logits: int = 0
     """What the loss takes: a chunk of logits and the gradients of hidden states and output matrix."""
-    communication: int
+    communication: int = 0
     """Gathered weights and gradients on their way."""
-    peak: int
+    peak: int = 0
     """Most bytes at one moment: less than the sum, because not all of it exists at once."""
-    worst: str
+    worst: str = ""
     """The moment of the peak."""
     host: int = 0
     """Bytes in the host's memory instead (offload)."""
@@ -43,26 +44,35 @@ def rank_memory(
     work: MicroBatch,
     layout: Layout,
     accum: int = 1,
-    loss: list[Moment] | None = None,
+    *,
+    moments: list[Moment] | None = None,
+    trained: bool = True,
 ) -> RankMemory:
-    """Count the bytes of one process that trains one model.
+    """Count the bytes of one process for one model.
 
     Args:
         shape: of the model.
         work: one micro-batch.
         layout: of the engine.
         accum: micro-batches per step; from the second on all gradients exist already in the forward.
-        loss: moments to look at instead of `activations.moments`.
+        moments: worst moments of an architecture without formulas.
+        trained: whether it has gradients and moments; a frozen model holds nothing between two calls.
     """
     layers = stage_layers(shape, layout)
     weights = _FP32 * _local(shape, layout, "weights")
     gradients = _FP32 * _local(shape, layout, "gradients")
     optimizer = MOMENTS * _FP32 * _local(shape, layout, "optimizer")
     communication = _communication(shape, work, layout)
-    found = loss or moments(replace(shape, n_layers=layers * in_flight(layout, accum)), work)
+    if not trained:
+        host = weights if layout.offload_weights else 0
+        return RankMemory(weights=weights - host, host=host, communication=communication,
+                          peak=weights - host + communication, worst="forward")  # fmt: skip
+    found = moments or formulas(replace(shape, n_layers=layers * in_flight(layout, accum)), work)
     host = 0
     if layout.offload_optimizer:
         host, optimizer = optimizer, 0
+    if layout.offload_weights:
+        host, weights, gradients = host + weights + gradients, 0, 0
 
     def total(moment: Moment) -> float:
         share = 1.0 if accum > 1 else moment.gradients

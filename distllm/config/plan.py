@@ -1,28 +1,25 @@
-"""What a config leads to, before anything starts: batch arithmetic, parameters, memory, floating-point operations.
+"""What a config leads to, before anything starts: batch arithmetic, parameters, operations, memory, step time.
 
-One source of truth: whoever needs a derived number asks here. Nothing is written and no model is run.
+One source of truth: whoever needs a derived number asks here. Nothing is written and no model is run. The formulas are
+in `forecast.py` and the files it names.
 """
 
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from distllm.config.advice import cheapest_fit, layout_problems
 from distllm.config.checks import RECORDS, SUPERVISED, model_options
-from distllm.config.footprint import (
-    build_meta,
-    cache_bytes,
-    flops_per_token,
-    matmul_parameters,
-    parameters_by_part,
-    saved_bytes,
-    weight_bytes,
-)
+from distllm.config.flops import matmul_parameters
+from distllm.config.footprint import build_meta, parameters_by_part
+from distllm.config.forecast import Forecast, Models, forecast, models_of, target_of
+from distllm.config.layout import layout_of
+from distllm.config.overrides import raise_all
 from distllm.config.schema import Config
-from distllm.engines.hardware import available_cores, resolve_device, resolve_precision
+from distllm.config.step_time import StepTime
+from distllm.engines.hardware import available_cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,39 +33,36 @@ class Plan:
     flops: dict[str, float]
     """Per training token, and per step."""
     memory: dict[str, int]
-    """Bytes per process; `total` is a lower estimate of the peak."""
+    """Bytes per process: each class at its own worst moment, `peak` is the most at one moment."""
+    communication: list[dict[str, Any]]
+    """What one process receives per step, one entry per kind of transfer; empty where nothing is sent or known."""
+    time: dict[str, float]
+    """Seconds per step, by cause, and what follows; empty on a machine whose rates are not known."""
+    fit: dict[str, Any]
+    """Whether the peak fits, and if not, what to change."""
 
 
-@dataclass(frozen=True, slots=True)
-class Role:
-    """One model that a stage holds."""
+def make_plan(config: Config, dp_size: int | None = None) -> Plan:
+    """Work out the numbers for a checked config.
 
-    name: str
-    head: str
-    is_trained: bool
+    Args:
+        config: the run.
+        dp_size: processes that see different data; None takes the layout's.
 
-
-def make_plan(config: Config, dp_size: int = 1) -> Plan:
-    """Work out the numbers for a checked config."""
+    Raises:
+        UserError: the layout is impossible.
+    """
+    raise_all(layout_problems(config))
     options = model_options(config)
-    device = resolve_device(config.hardware.device)
-    dtype = resolve_precision(config.train.precision, device)
-    roles = roles_of(config)
-    models = {role.name: build_meta(options, role.head) for role in roles}
-    main = models[roles[0].name]
-    seq_len = min(config.train.seq_len, options.max_seq_len)
-    batch = _batch(config, dp_size, seq_len)
-    full, half = (flops_per_token(main, seq_len, causal_half=half) for half in (False, True))
+    models = models_of(config)
+    predicted = forecast(config, models)
+    main = build_meta(options, models.roles[0].head)
     parameters = parameters_by_part(main)
+    seq_len = predicted.work.seq
+    batch = _batch(config, dp_size or predicted.layout.dp, seq_len)
+    full, half = (models.flops(seq_len, causal_half=half) for half in (False, True))
     return Plan(
-        layout={
-            "engine": config.engine.name,
-            "device": str(device),
-            "processes": dp_size,
-            "threads": config.hardware.threads or _threads(),
-            "arithmetic": str(dtype).removeprefix("torch."),
-            "master weights": "float32",
-        },
+        layout=_layout(config, predicted),
         batch=batch,
         parameters=parameters
         | {"total": sum(parameters.values()), "multiplied": matmul_parameters(main)},
@@ -77,23 +71,38 @@ def make_plan(config: Config, dp_size: int = 1) -> Plan:
             "per token, causal half": half,
             "per step at most, full attention": full * batch["tokens per step at most"],
         },
-        memory=_memory(config, options, models, roles, seq_len, dtype),
+        memory=_memory(predicted),
+        communication=_communication(predicted),
+        time=_time(config, models, predicted),
+        fit=_fit(config, models, predicted),
     )
 
 
-def roles_of(config: Config) -> list[Role]:
-    """List the models that the stage holds; the first is the one it is about."""
-    stage = config.stage
-    if stage.name in SUPERVISED:
-        return [Role("model", getattr(stage, "head", "lm"), True)]
-    roles = [Role("policy", "lm", True)]
-    if hasattr(stage, "value_lr"):
-        roles.append(Role("value", "value", True))
-    if stage.kl_coef > 0 or stage.target_kl > 0:
-        roles.append(Role("reference", "lm", False))
-    if stage.reward == "model" or (stage.reward == "auto" and stage.reward_model):
-        roles.append(Role("reward", "likelihood", False))
-    return roles
+def planned_dp_size(config: Config) -> int:
+    """Return how many processes of the planned machine see different data."""
+    return layout_of(config.engine, target_of(config).world_size).dp
+
+
+def _layout(config: Config, predicted: Forecast) -> dict[str, Any]:
+    layout, target = predicted.layout, predicted.target
+    rows: dict[str, Any] = {"engine": config.engine.name}
+    if target.cluster is None:
+        rows["device"] = "cpu" if target.on_cpu else "cuda"
+        rows["threads"] = config.hardware.threads or _threads()
+    else:
+        cluster = target.cluster
+        rows["hardware"] = f"{cluster.num_gpus} x {cluster.gpu} in {cluster.num_nodes} machines"
+    rows |= {
+        "processes": layout.world_size,
+        "= data parallel": layout.dp,
+        "  of which share one copy": layout.dp_shard,
+        "x tensor parallel": layout.tp,
+        "ZeRO stage": layout.zero_stage,
+        "recomputation": predicted.work.checkpointing,
+        "arithmetic": str(target.dtype).removeprefix("torch."),
+        "master weights": "float32",
+    }
+    return rows
 
 
 def _batch(config: Config, dp_size: int, seq_len: int) -> dict[str, Any]:
@@ -122,6 +131,91 @@ def _batch(config: Config, dp_size: int, seq_len: int) -> dict[str, Any]:
             "updates per rollout batch": stage.num_epochs * (sampled // train.global_batch_size),
         }
     return numbers
+
+
+def _memory(predicted: Forecast) -> dict[str, int]:
+    parts = list(predicted.memory.values())
+    memory = {f"weights, {role}": m.weights for role, m in predicted.memory.items()}
+    memory |= {
+        "gradients": sum(m.gradients for m in parts),
+        "optimizer": sum(m.optimizer for m in parts),
+        "activations": max(m.activations for m in parts),
+        "logits": max(m.logits for m in parts),
+        "communication buffers": max(m.communication for m in parts),
+    }
+    if predicted.cache_bytes:
+        memory["key/value cache"] = predicted.cache_bytes
+    if any(m.host for m in parts):
+        memory["in host memory instead"] = sum(m.host for m in parts)
+    memory["peak"] = predicted.peak
+    return memory
+
+
+def _communication(predicted: Forecast) -> list[dict[str, Any]]:
+    time = predicted.time
+    return [
+        {
+            "what": sent.transfer.name,
+            "collective": sent.transfer.kind,
+            "processes": sent.transfer.group,
+            "phase": sent.transfer.phase,
+            "bytes": sent.transfer.received,
+            "seconds": sent.seconds,
+            "exposed_s": sent.exposed_s,
+        }
+        for sent in (time.sent if time else ())
+        if sent.transfer.group > 1
+    ]
+
+
+def _time(config: Config, models: Models, predicted: Forecast) -> dict[str, float]:
+    time, cluster = predicted.time, predicted.target.cluster
+    if time is None or cluster is None:
+        return {}
+    seconds, gpus = time.step_s, predicted.layout.world_size
+    rate = predicted.tokens_per_step / seconds / gpus
+    is_bf16 = predicted.work.element == 2
+    peak = 1e12 * (cluster.peak_bf16_tflops if is_bf16 else cluster.peak_fp32_tflops)
+    full, half = (models.flops(predicted.work.seq, causal_half=half) for half in (False, True))
+    return _causes(time) | {
+        "step": seconds,
+        "tokens per second": rate * gpus,
+        "tokens per second and GPU": rate,
+        "MFU, full attention": rate * full / peak,
+        "MFU, causal half": rate * half / peak,
+        "hours in all": config.train.max_steps * seconds / 3600,
+    }
+
+
+def _causes(time: StepTime) -> dict[str, float]:
+    return {
+        "matrix products": time.matmul_s,
+        "attention": time.attention_s,
+        "elementwise work and loss": time.traffic_s,
+        "optimizer": time.optimizer_s,
+        "communication, exposed": time.exposed_s,
+        "communication, hidden": time.communication_s - time.exposed_s,
+    }
+
+
+def _fit(config: Config, models: Models, predicted: Forecast) -> dict[str, Any]:
+    worst = max(predicted.memory.values(), key=lambda m: m.peak).worst
+    available = predicted.available or available_bytes()
+    found: dict[str, Any] = {
+        "peak at": worst,
+        "available": available,
+        "fits": available is None or predicted.peak <= available,
+    }
+    if not found["fits"] and predicted.target.cluster is not None:
+        advice = cheapest_fit(config, models, predicted)
+        found["change"] = None if advice is None else advice.text
+        if advice is not None and advice.forecast.time is not None:
+            found |= {
+                "then peak": advice.forecast.peak,
+                "then step": advice.forecast.time.step_s,
+                "then slower by": advice.slowdown - 1,
+            }
+    return found
 
 
 def count_epochs(config: Config, tokenizer: Any = None) -> dict[str, Any]:
@@ -165,43 +259,6 @@ def available_bytes() -> int | None:
 def to_json(plan: Plan) -> str:
     """Render the plan for scripts."""
     return json.dumps({name: getattr(plan, name) for name in Plan.__slots__}, indent=2)
-
-
-def _memory(
-    config: Config,
-    options: Any,
-    models: dict[str, Any],
-    roles: list[Role],
-    seq_len: int,
-    dtype: torch.dtype,
-) -> dict[str, int]:
-    rows = config.train.micro_batch_size * (2 if config.stage.name == "reward" else 1)
-    trained = [models[r.name] for r in roles if r.is_trained]
-    memory = {f"weights, {r.name}": weight_bytes(models[r.name]) for r in roles}
-    memory["gradients"] = sum(map(weight_bytes, trained))
-    memory["optimizer moments"] = 2 * sum(map(weight_bytes, trained))
-    packed = config.stage.name == "pretrain"
-    held = saved_bytes(options, rows, seq_len, dtype, packed=packed)
-    if config.engine.activation_checkpointing == "full":
-        block = replace(options, n_layers=1)
-        one_block = saved_bytes(block, rows, seq_len, dtype, packed=packed)
-        inputs = options.n_layers * rows * seq_len * options.d_model * dtype.itemsize
-        held = min(held, one_block + inputs)
-    memory["activations of a micro-batch"] = held
-    # The loss works on chunks of logits and keeps the gradient of the output matrix in fp32.
-    all_logits = rows * seq_len * options.vocab_size * 4
-    memory["loss"] = min(LOGITS_CHUNK_BYTES, all_logits) + 4 * options.vocab_size * options.d_model
-    if config.stage.name not in SUPERVISED:
-        sampled = config.stage.rollout_batch_size or config.train.global_batch_size
-        length = min(options.max_seq_len, seq_len + config.generation.max_new_tokens)
-        memory["key/value cache"] = cache_bytes(models["policy"], sampled, length, dtype)
-    memory["total"] = sum(memory.values())
-    memory["not held: full logits"] = all_logits
-    return memory
-
-
-LOGITS_CHUNK_BYTES = 3 * 16 * 2**20
-"""A chunk of logits in `layers/cross_entropy.py`, its copy in fp32, and slack for the softmax."""
 
 
 def _threads() -> int:

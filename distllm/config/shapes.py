@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -73,31 +73,40 @@ class ModelShape:
         return self.n_layers * sum(map(math.prod, self.block)) + sum(map(math.prod, self.rest))
 
 
-def shape_of_model(options: Any, head: str = "lm") -> ModelShape:
-    """Read the shape of the architecture that `options` describe.
+def has_formula(options: Any) -> bool:
+    """Return whether `activations.py` has formulas for what the blocks of this architecture hold."""
+    return (
+        options.name == "decoder"
+        and options.num_experts == 0
+        and options.norm_placement in ("pre", "post", "sandwich")
+        and options.qk_norm in ("none", "head")
+        and not (options.attention_sinks or options.attention_softcap or options.logit_softcap)
+    )
 
-    One block is built and stands for all, so that 126 blocks take no longer than one.
-    """
-    model: Any = build_meta(replace(options, n_layers=1), head)
-    (block,) = model.blocks()
-    own = {id(p) for p in block.parameters()}
+
+def shape_of_model(options: Any, head: str = "lm") -> ModelShape:
+    """Read the shape of the architecture that `options` describe; the largest block stands for all."""
+    model: Any = build_meta(options, head)
+    blocks = list(model.blocks())
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    block = max(blocks, key=lambda b: sum(p.numel() for p in b.parameters()))
     projection = getattr(model.head, "projection", None)
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     return ModelShape(
         vocab_size=options.vocab_size,
         d_model=options.d_model,
         d_ff=options.d_ff,
-        n_layers=options.n_layers,
+        n_layers=len(blocks),
         n_heads=options.n_heads,
         n_kv_heads=options.n_kv_heads,
-        d_head=model.d_head,
-        gated=getattr(options, "gated", True),
-        activation_keeps_result=getattr(options, "activation", "silu") in ("relu", "relu2"),
+        d_head=options.d_head or options.d_model // options.n_heads,
+        gated=options.gated,
+        activation_keeps_result=options.activation in ("relu", "relu2"),
         has_dropout=options.dropout > 0,
-        norms_outputs=getattr(options, "norm_placement", "pre") == "sandwich",
-        norms_heads=getattr(options, "qk_norm", "none") == "head",
+        norms_outputs=options.norm_placement == "sandwich",
+        norms_heads=options.qk_norm == "head",
         tied=projection is not None and id(projection) in looked_up,
         block=tuple(tuple(p.shape) for p in block.parameters()),
-        rest=tuple(tuple(p.shape) for p in model.parameters() if id(p) not in own),
+        rest=tuple(tuple(p.shape) for p in model.parameters() if id(p) not in inside),
         head_multiplied=0 if projection is None else projection.numel(),
     )

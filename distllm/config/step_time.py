@@ -33,6 +33,16 @@ class Efficiency:
     """Share of the links' rate that collectives reach."""
 
 
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """One kind of transfer and its time per step."""
+
+    transfer: Transfer
+    seconds: float
+    exposed_s: float
+    """What nothing hides: all of it where arithmetic waits, else its share of what exceeds the arithmetic."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTime:
     """Seconds of one optimizer step on one GPU."""
@@ -42,13 +52,19 @@ class StepTime:
     traffic_s: float
     """Elementwise work, norms and the loss, which wait for memory."""
     optimizer_s: float
-    communication_s: float
-    """Of all transfers, hidden or not."""
-    exposed_s: float
-    """The part of it that nothing hides."""
     bubble_s: float
     """Waiting of a pipeline that fills and drains."""
-    transfers: tuple[Transfer, ...]
+    sent: tuple[Sent, ...]
+
+    @property
+    def communication_s(self) -> float:
+        """Of all transfers, hidden or not."""
+        return sum(s.seconds for s in self.sent)
+
+    @property
+    def exposed_s(self) -> float:
+        """The part of it that nothing hides."""
+        return sum(s.exposed_s for s in self.sent)
 
     @property
     def step_s(self) -> float:
@@ -104,30 +120,42 @@ def step_time(
     repeated = 0.0 if work.checkpointing == "none" else 1.0
     forward["traffic"], backward["traffic"] = moved / 3, moved * (2 + repeated) / 3
 
-    sent = tuple(transfers(shape, work, layout, accum))
-    exposed = 0.0
-    for phase, compute in (("forward", forward), ("backward", backward)):
-        mine = [t for t in sent if t.phase == phase]
-        hidden = sum(t.seconds(cluster, eff.links) for t in mine if t.hidden)
-        exposed += sum(t.seconds(cluster, eff.links) for t in mine if not t.hidden)
-        exposed += max(0.0, hidden - accum * sum(compute.values()))
-    exposed += sum(t.seconds(cluster, eff.links) for t in sent if t.phase == "update")
+    arithmetic = {
+        "forward": accum * sum(forward.values()),
+        "backward": accum * sum(backward.values()),
+    }
+    sent = _overlapped(transfers(shape, work, layout, accum), arithmetic, cluster, eff.links)
 
     totals = {key: accum * (forward[key] + backward[key]) for key in forward}
     states = layers * local_numel(shape.block, layout, layout.shards("optimizer"))
     states += local_numel(shape.rest, layout, layout.shards("optimizer"))
     optimizer = _OPTIMIZER_TRAFFIC * states / (1e9 * cluster.memory_gb_per_s)
     waits = (layout.pp - 1) / layout.pp_chunks / accum
-    bubble = waits * (sum(totals.values()) + exposed)
+    bubble = waits * (sum(totals.values()) + sum(s.exposed_s for s in sent))
     return StepTime(
         matmul_s=totals["matmul"],
         attention_s=totals["attention"],
         traffic_s=totals["traffic"],
         optimizer_s=optimizer,
-        communication_s=sum(t.seconds(cluster, eff.links) for t in sent),
-        exposed_s=exposed,
         bubble_s=bubble,
-        transfers=sent,
+        sent=sent,
+    )
+
+
+def _overlapped(
+    found: list[Transfer], arithmetic: dict[str, float], cluster: ClusterOptions, links: float
+) -> tuple[Sent, ...]:
+    """Work out what the arithmetic of its phase hides of each transfer."""
+    seconds = [t.seconds(cluster, links) for t in found]
+    behind = dict.fromkeys(arithmetic, 0.0)
+    for transfer, time in zip(found, seconds, strict=True):
+        if transfer.hidden:
+            behind[transfer.phase] += time
+    # Of what can hide, the share that is too long for the arithmetic of its phase.
+    shows = {p: max(0.0, 1 - arithmetic[p] / t) if t else 0.0 for p, t in behind.items()}
+    return tuple(
+        Sent(transfer, time, time * (shows[transfer.phase] if transfer.hidden else 1.0))
+        for transfer, time in zip(found, seconds, strict=True)
     )
 
 

@@ -1,0 +1,30 @@
+"""Which models a stage holds."""
+
+from dataclasses import dataclass
+
+from distllm.config.checks import SUPERVISED
+from distllm.config.schema import Config
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """One model that a stage holds."""
+
+    name: str
+    head: str
+    is_trained: bool
+
+
+def roles_of(config: Config) -> list[Role]:
+    """List the models that the stage holds; the first is the one it is about."""
+    stage = config.stage
+    if stage.name in SUPERVISED:
+        return [Role("model", getattr(stage, "head", "lm"), True)]
+    roles = [Role("policy", "lm", True)]
+    if hasattr(stage, "value_lr"):
+        roles.append(Role("value", "value", True))
+    if stage.kl_coef > 0 or stage.target_kl > 0:
+        roles.append(Role("reference", "lm", False))
+    if stage.reward == "model" or (stage.reward == "auto" and stage.reward_model):
+        roles.append(Role("reward", "likelihood", False))
+    return roles
