@@ -29,6 +29,8 @@ class RankMemory:
     activations: int = 0
     logits: int = 0
     """What the loss takes: a chunk of logits and the gradients of hidden states and output matrix."""
+    held: int = 0
+    """Activations and logits together at their worst."""
     communication: int = 0
     """Gathered weights and gradients on their way."""
     peak: int = 0
@@ -85,6 +87,7 @@ def rank_memory(
         optimizer=optimizer,
         activations=max(m.activations for m in found),
         logits=max(m.logits for m in found),
+        held=max(m.total for m in found),
         communication=communication,
         peak=round(weights + optimizer + communication + total(worst)),
         worst=worst.name,

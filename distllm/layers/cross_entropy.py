@@ -58,7 +58,9 @@ def linear_cross_entropy_z(
     split = split_of(weight)
     if split is not None:
         return split.loss(hidden, weight, labels, z_loss)
-    return _apply_loss(hidden, weight, labels, compute_dtype(weight), z_loss)
+    return _as_written(
+        _LinearCrossEntropy.apply, hidden, weight, labels, compute_dtype(weight), z_loss
+    )
 
 
 def linear_logprobs(
@@ -81,7 +83,7 @@ def linear_logprobs(
     keep = len(targets) * weight.shape[0] * compute_dtype(weight).itemsize <= _KEEP_BYTES
     keep = keep and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     dtype = compute_dtype(weight)
-    return _apply_logprobs(hidden, weight, targets, temperature, dtype, keep)
+    return _as_written(_LinearLogprobs.apply, hidden, weight, targets, temperature, dtype, keep)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -225,9 +227,14 @@ class _LinearLogprobs(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
-# A compiler would break on the loops over chunks; these calls run as they are written.
-_apply_loss: Any = torch.compiler.disable(_LinearCrossEntropy.apply)
-_apply_logprobs: Any = torch.compiler.disable(_LinearLogprobs.apply)
+def _as_written(function: Any, *args: Any) -> Any:
+    """Call `function` out of a compiler's sight, which would break on the loops over chunks.
+
+    The compiler is loaded only where something is compiled: it takes seconds, which every command would wait for.
+    """
+    if torch.compiler.is_compiling():
+        function = torch.compiler.disable(function)
+    return function(*args)
 
 
 def _on_cpu(x: Tensor) -> bool:

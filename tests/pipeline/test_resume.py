@@ -57,7 +57,8 @@ def same_checkpoint(a, b, step=10):
             assert (first / name).read_bytes() == (second / name).read_bytes(), name
     states = [json.loads((p / "state.json").read_text()) for p in (first, second)]
     for state in states:
-        state["notes"].pop("train_s")
+        for clock in ("train_s", "peak_flops_per_s"):
+            state["notes"].pop(clock)
         state.pop("tracker")  # byte offsets: the lines hold times of varying length
         sums = state["meters"]["sums"]
         state["meters"]["sums"] = {k: v for k, v in sums.items() if not k.startswith("time/")}
