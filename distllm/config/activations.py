@@ -106,9 +106,8 @@ def _attention_held(shape: ModelShape, work: MicroBatch) -> int:
     e, tokens = work.element, work.tokens
     q, k = shape.q_width // work.tp, shape.kv_width // work.tp
     held = e * tokens * (q + 2 * k)  # queries, keys and values, rotated and laid out by heads
-    held += (
-        e * tokens * q
-    )  # the mixed values: attention's result, and the output projection's input
+    # The mixed values: attention's result, and the output projection's input.
+    held += e * tokens * q
     heads = shape.n_heads // work.tp
     if shape.norms_heads:  # the projected queries and keys, and a reciprocal norm for each head
         held += e * tokens * (q + k) + _FP32 * tokens * (q + k) // shape.d_head

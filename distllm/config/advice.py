@@ -177,8 +177,8 @@ def layout_problems(config: Config) -> list[str]:
         ]
     problems = mesh_problems(engine, gpus)
     options = model_options(config)
-    counts = {"n_heads": options.n_heads, "n_kv_heads": options.n_kv_heads, "d_ff": options.d_ff}
-    for name, count in counts.items():
+    for name in ("n_heads", "n_kv_heads", "d_ff"):
+        count = getattr(options, name, 0)
         if count % tp:
             problems.append(
                 f"engine.mesh.tp_size={tp} does not divide arch.{name}={count}: every process gets whole heads and "

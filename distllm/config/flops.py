@@ -1,6 +1,7 @@
-"""Floating-point operations of one training token, in both published conventions, for any architecture.
+"""Floating-point operations of training, in both published conventions, for any architecture.
 
 A multiplication with its addition counts as 2; the backward costs twice the forward; what is recomputed does not count.
+Padding is no work, and the output matrix works where there is a label.
 
 - *Full*: every token is counted as seeing the whole row (Chowdhery et al. 2022, PaLM, arXiv 2204.02311, appendix B).
   Most reports count so, those of torchtitan and llm-foundry among them.
@@ -16,18 +17,39 @@ from typing import Any
 
 from torch import nn
 
+from distllm.layers.positions import RelativeBias
+from distllm.train.micro_batches import num_tokens
+from distllm.types import IGNORE_INDEX, Batch
+
+_TRAINING = 3 * 2
+"""Forward and twice that backward; 2 operations each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One of the token streams of a batch: the input, or a decoder's."""
+
+    tokens: float
+    """Without padding."""
+    row: float
+    """Length of a row."""
+
 
 @dataclass(frozen=True, slots=True)
 class Attended:
-    """What one attention layer lets a token see."""
+    """One attention layer."""
 
+    side: str
+    """Whose tokens ask: `input` or `decoder`."""
+    keys_of: str
+    """Whose tokens are seen."""
     width: int
     """n_heads x d_head."""
     window: int | None
     causal: bool
 
     def keys(self, row: float, causal_half: bool) -> float:
-        """Return how many keys a token of a row of `row` tokens is counted as seeing, on average."""
+        """Return how many keys a token is counted as seeing, on average, in a row of `row` of them."""
         near = row if self.window is None else min(row, self.window)
         if not (causal_half and self.causal):
             return near
@@ -35,47 +57,92 @@ class Attended:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenFlops:
-    """Cost of one token as a function of the length of its row."""
+class ModelFlops:
+    """What a model computes for a batch."""
 
-    products: int
-    """Of matrix products with weights, forward and backward."""
+    weights: dict[str, int]
+    """Side -> weights that each of its tokens is multiplied with, output matrix aside."""
+    head: int
+    """Weights of the head, which each labelled position is multiplied with."""
     attention: tuple[Attended, ...]
 
-    def __call__(self, row: float, *, causal_half: bool) -> float:
-        """Count the operations of one token in a row of `row` tokens."""
-        seen = sum(a.width * a.keys(row, causal_half) for a in self.attention)
-        return self.products + 3 * 4 * seen
+    @property
+    def multiplied(self) -> int:
+        """All weights that tokens are multiplied with."""
+        return sum(self.weights.values()) + self.head
+
+    def __call__(self, batch: Batch, *, causal_half: bool) -> float:
+        """Count the operations of one training pass over `batch`."""
+        labelled = num_tokens(batch)
+        if batch.labels is not None:
+            labelled = int((batch.labels != IGNORE_INDEX).sum())
+        return self.count(_sides(batch), labelled, causal_half=causal_half)
+
+    def per_token(self, row: int, *, causal_half: bool) -> float:
+        """Count the operations per token of a full row in which every position has a label."""
+        sides = dict.fromkeys(("input", "decoder"), Side(1.0, row))
+        return self.count(sides, 1.0, causal_half=causal_half)
+
+    def count(self, sides: dict[str, Side], labelled: float, *, causal_half: bool) -> float:
+        """Count the operations of a training pass over so many tokens."""
+        products = sum(n * sides[side].tokens for side, n in self.weights.items())
+        products += self.head * labelled
+        # Scores and mixed values: two products.
+        seen = sum(
+            2 * a.width * sides[a.side].tokens * a.keys(sides[a.keys_of].row, causal_half)
+            for a in self.attention
+        )
+        return _TRAINING * (products + seen)
 
 
-def token_flops(model: Any) -> TokenFlops:
-    """Read what a token costs off a model, which may be on the meta device."""
-    attention = []
-    for stack in model.modules():
+def _sides(batch: Batch) -> dict[str, Side]:
+    sides = {"input": Side(num_tokens(batch), batch.input_ids.shape[1])}
+    if batch.decoder_input_ids is not None:
+        mask = batch.decoder_attention_mask
+        count = batch.decoder_input_ids.numel() if mask is None else int((mask != 0).sum())
+        sides["decoder"] = Side(count, batch.decoder_input_ids.shape[1])
+    return sides
+
+
+def model_flops(model: Any) -> ModelFlops:
+    """Read what a batch costs off a model, which may be on the meta device."""
+    looked_up = {
+        id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | RelativeBias)
+    }
+    projection = getattr(model.head, "projection", None)
+    head = 0 if projection is None else projection.numel()
+    weights: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2 or id(parameter) in looked_up or parameter is projection:
+            continue
+        if name.startswith("head."):
+            head += parameter.numel()
+            continue
+        side = "decoder" if name.startswith("decoder.") else "input"
+        if "cross_attention.k_proj" in name or "cross_attention.v_proj" in name:
+            side = "input"  # applied to what the encoder made of its tokens
+        numel = parameter.numel()
+        if parameter.ndim > 2:  # [experts, ...]: a token meets the chosen ones
+            numel = model.options.experts_per_token * math.prod(parameter.shape[1:])
+        weights[side] = weights.get(side, 0) + numel
+    return ModelFlops(weights, head, _attention(model))
+
+
+def _attention(model: Any) -> tuple[Attended, ...]:
+    found = []
+    for path, stack in model.named_modules():
+        side = "decoder" if path == "decoder" else "input"
         for block in getattr(stack, "layers", ()):
             for name, part in block.named_children():
                 if hasattr(part, "n_heads") and hasattr(part, "d_head"):
-                    causal = stack.causal and "cross" not in name
-                    width = part.n_heads * part.d_head
-                    attention.append(Attended(width, getattr(part, "window", None), causal))
-    return TokenFlops(3 * 2 * matmul_parameters(model), tuple(attention))
-
-
-def matmul_parameters(model: Any) -> int:
-    """Count the weights that one token is multiplied with.
-
-    Embeddings are looked up, not multiplied; an output matrix is, even where it is the embedding's (tied). Of experts
-    a token meets the chosen ones.
-    """
-    options = model.options
-    looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    projection = getattr(model.head, "projection", None)
-    count = 0
-    for parameter in model.parameters():
-        if parameter.ndim == 2 and id(parameter) not in looked_up:
-            count += parameter.numel()
-        elif parameter.ndim > 2:  # [experts, ...]
-            count += options.experts_per_token * math.prod(parameter.shape[1:])
-    if projection is not None and id(projection) in looked_up:
-        count += projection.numel()
-    return count
+                    crosses = "cross" in name
+                    found.append(
+                        Attended(
+                            side=side,
+                            keys_of="input" if crosses else side,
+                            width=part.n_heads * part.d_head,
+                            window=getattr(part, "window", None),
+                            causal=stack.causal and not crosses,
+                        )
+                    )
+    return tuple(found)

@@ -5,11 +5,12 @@ architecture and follows its code. Floating-point operations are in `flops.py`; 
 """
 
 from collections import Counter
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from distllm import registry
@@ -39,15 +40,27 @@ def weight_bytes(model: nn.Module, dtype: torch.dtype = torch.float32) -> int:
 def saved_bytes(options: Any, batch: int, seq_len: int, dtype: torch.dtype, *, packed: bool) -> int:
     """Count the bytes that the stack (head excluded) holds between forward and backward of one micro-batch.
 
-    The forward is traced with fake tensors: no memory is taken and nothing is computed.
+    The forward is traced with fake tensors: no memory is taken and nothing is computed. Stacks of one and of two blocks
+    are traced, and every further block is taken to hold what the second one adds.
 
     Args:
         options: the architecture.
         batch: sequences per micro-batch.
-        seq_len: tokens per sequence.
+        seq_len: tokens per sequence; of source and target each where there are two.
         dtype: of the heavy arithmetic; the copies of fp32 weights that autocast makes are part of the count.
-        packed: rows hold several documents, so attention has an explicit mask.
+        packed: rows hold several documents, so attention has an explicit mask. An architecture that looks at values to
+            lay packed rows out cannot be traced with them; its rows are taken as plain ones.
     """
+    depth = {f.name for f in fields(options)} & {"n_layers", "n_decoder_layers"}
+    shallow = [replace(options, **dict.fromkeys(depth, n)) for n in (1, 2)]
+    try:
+        one, two = (_traced_bytes(o, batch, seq_len, dtype, packed) for o in shallow)
+    except (ValueError, DynamicOutputShapeException):
+        one, two = (_traced_bytes(o, batch, seq_len, dtype, False) for o in shallow)
+    return one + (options.n_layers - 1) * (two - one)
+
+
+def _traced_bytes(options: Any, batch: int, seq_len: int, dtype: torch.dtype, packed: bool) -> int:
     held: dict[int, Tensor] = {}
 
     def hold(tensor: Tensor) -> Tensor:
@@ -57,12 +70,16 @@ def saved_bytes(options: Any, batch: int, seq_len: int, dtype: torch.dtype, *, p
     with FakeTensorMode():
         model: Any = registry.get("arch", options.name)(options)
         ids = torch.zeros(batch, seq_len, dtype=torch.int64)
-        segments = torch.ones_like(ids) if packed else None
+        inputs = {"input_ids": ids}
+        if packed:
+            inputs["segment_ids"] = torch.ones_like(ids)
+        if hasattr(options, "decoder_start_id"):
+            inputs |= {f"decoder_{name}": value for name, value in inputs.items()}
         with (
             saved_tensors_hooks(hold, lambda tensor: tensor),
             torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16),
         ):
-            output = model(ids, segment_ids=segments, compute_logits=False)
+            output = model(**inputs, compute_logits=False)
         own = {p.untyped_storage()._cdata for p in model.parameters()}
         size = sum(t.untyped_storage().nbytes() for key, t in held.items() if key not in own)
         del output

@@ -9,7 +9,7 @@ import torch
 
 from distllm.config.activations import MicroBatch, Moment, loss_bytes
 from distllm.config.checks import model_options
-from distllm.config.flops import TokenFlops, token_flops
+from distllm.config.flops import ModelFlops, model_flops
 from distllm.config.footprint import build_meta, cache_bytes, saved_bytes
 from distllm.config.layout import Layout, layout_of
 from distllm.config.memory import RankMemory, rank_memory
@@ -40,7 +40,7 @@ class Models:
     roles: list[Role]
     shapes: dict[str, ModelShape]
     """By role."""
-    flops: TokenFlops
+    flops: ModelFlops
     """Of the first role."""
     traces: dict[tuple[int, int], int] = field(default_factory=dict)
     """(sequences, tokens) -> bytes that a traced forward held, for architectures without formulas."""
@@ -116,7 +116,7 @@ def models_of(config: Config) -> Models:
     """Read the shapes of the stage's models."""
     options, roles = model_options(config), roles_of(config)
     shapes = {role.name: shape_of_model(options, role.head) for role in roles}
-    flops = token_flops(build_meta(options, roles[0].head))
+    flops = model_flops(build_meta(options, roles[0].head))
     return Models(roles=roles, shapes=shapes, flops=flops)
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from distllm.config.advice import cheapest_fit, layout_problems
 from distllm.config.checks import RECORDS, SUPERVISED, model_options
-from distllm.config.flops import matmul_parameters
 from distllm.config.footprint import build_meta, parameters_by_part
 from distllm.config.forecast import Forecast, Models, forecast, models_of, target_of
 from distllm.config.layout import layout_of
@@ -60,12 +59,12 @@ def make_plan(config: Config, dp_size: int | None = None) -> Plan:
     parameters = parameters_by_part(main)
     seq_len = predicted.work.seq
     batch = _batch(config, dp_size or predicted.layout.dp, seq_len)
-    full, half = (models.flops(seq_len, causal_half=half) for half in (False, True))
+    full, half = (models.flops.per_token(seq_len, causal_half=half) for half in (False, True))
     return Plan(
         layout=_layout(config, predicted),
         batch=batch,
         parameters=parameters
-        | {"total": sum(parameters.values()), "multiplied": matmul_parameters(main)},
+        | {"total": sum(parameters.values()), "multiplied": models.flops.multiplied},
         flops={
             "per token, full attention": full,
             "per token, causal half": half,
@@ -176,7 +175,9 @@ def _time(config: Config, models: Models, predicted: Forecast) -> dict[str, floa
     rate = predicted.tokens_per_step / seconds / gpus
     is_bf16 = predicted.work.element == 2
     peak = 1e12 * (cluster.peak_bf16_tflops if is_bf16 else cluster.peak_fp32_tflops)
-    full, half = (models.flops(predicted.work.seq, causal_half=half) for half in (False, True))
+    full, half = (
+        models.flops.per_token(predicted.work.seq, causal_half=half) for half in (False, True)
+    )
     return _causes(time) | {
         "step": seconds,
         "tokens per second": rate * gpus,

@@ -92,19 +92,20 @@ def shape_of_model(options: Any, head: str = "lm") -> ModelShape:
     block = max(blocks, key=lambda b: sum(p.numel() for p in b.parameters()))
     projection = getattr(model.head, "projection", None)
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    heads = getattr(options, "n_heads", 1)
     return ModelShape(
         vocab_size=options.vocab_size,
         d_model=options.d_model,
-        d_ff=options.d_ff,
+        d_ff=getattr(options, "d_ff", options.d_model),
         n_layers=len(blocks),
-        n_heads=options.n_heads,
-        n_kv_heads=options.n_kv_heads,
-        d_head=options.d_head or options.d_model // options.n_heads,
-        gated=options.gated,
-        activation_keeps_result=options.activation in ("relu", "relu2"),
+        n_heads=heads,
+        n_kv_heads=getattr(options, "n_kv_heads", heads),
+        d_head=getattr(options, "d_head", None) or options.d_model // heads,
+        gated=getattr(options, "gated", False),
+        activation_keeps_result=getattr(options, "activation", "") in ("relu", "relu2"),
         has_dropout=options.dropout > 0,
-        norms_outputs=options.norm_placement == "sandwich",
-        norms_heads=options.qk_norm == "head",
+        norms_outputs=getattr(options, "norm_placement", "") == "sandwich",
+        norms_heads=getattr(options, "qk_norm", "") == "head",
         tied=projection is not None and id(projection) in looked_up,
         block=tuple(tuple(p.shape) for p in block.parameters()),
         rest=tuple(tuple(p.shape) for p in model.parameters() if id(p) not in inside),

@@ -15,7 +15,7 @@ from typing import Any
 
 from distllm.arch.io import save_model
 from distllm.config.checks import check_training
-from distllm.config.flops import token_flops
+from distllm.config.flops import model_flops
 from distllm.config.footprint import build_meta
 from distllm.config.schema import Config, to_dict
 from distllm.engines import collectives
@@ -201,7 +201,7 @@ def _meter_flops(
     """Tell the meters what a token costs and what all processes together could compute."""
     for role, engine in engines.items():
         model: Any = engine.model
-        meters.costs[role] = token_flops(build_meta(model.options, model.head_name))
+        meters.costs[role] = model_flops(build_meta(model.options, model.head_name))
     first = next(iter(engines.values()))
     known = notes.get("peak_flops_per_s", {})
     source, rate = peak_flops_per_s(config.hardware, first.device, first.dtype, known)

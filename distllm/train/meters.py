@@ -15,10 +15,10 @@ from distllm.types import Batch
 
 
 class Cost(Protocol):
-    """Floating-point operations of one training token."""
+    """Floating-point operations of training."""
 
-    def __call__(self, row: float, *, causal_half: bool) -> float:
-        """Return those of a token in a row of `row` tokens, in one of the two published conventions."""
+    def __call__(self, batch: Batch, *, causal_half: bool) -> float:
+        """Return those of one micro-batch, in one of the two published conventions."""
         ...
 
 
@@ -33,7 +33,7 @@ class Meters:
         """Start empty.
 
         Args:
-            costs: role of a trained engine -> what a token costs it.
+            costs: role of a trained engine -> what a micro-batch costs it.
             peak_flops_per_s: of all processes together; 0 = unknown.
         """
         self.costs, self.peak_flops_per_s = costs or {}, peak_flops_per_s
@@ -46,7 +46,7 @@ class Meters:
 
         Args:
             metrics: of the step.
-            work: what each engine learned, on this rank; its rows stand for those of all ranks.
+            work: what each engine learned, on this rank; its micro-batches stand for those of all ranks.
             tokens: what the first engine learned from, over all ranks.
             seconds: of the step.
         """
@@ -55,10 +55,11 @@ class Meters:
         self._tokens += tokens
         for part in work:
             cost = self.costs.get(part.engine.role)
-            if cost is not None:
-                row = mean_row(part.micro_batches)
-                self._flops += tokens * cost(row, causal_half=False)
-                self._causal_flops += tokens * cost(row, causal_half=True)
+            own = sum(map(num_tokens, part.micro_batches))
+            if cost is not None and own:
+                for batch in part.micro_batches:
+                    self._flops += tokens / own * cost(batch, causal_half=False)
+                    self._causal_flops += tokens / own * cost(batch, causal_half=True)
         self._seconds += seconds
         self._steps += 1
 
@@ -98,13 +99,6 @@ class Meters:
         self._sums: dict[str, list[float]] = {}
         self._tokens, self._seconds, self._steps = 0, 0.0, 0
         self._flops = self._causal_flops = 0.0
-
-
-def mean_row(micro_batches: Sequence[Batch]) -> float:
-    """Return the length of the rows that the batches' tokens stand in, averaged over tokens; padding is no token."""
-    counts = [(num_tokens(b), b.input_ids.shape[1]) for b in micro_batches]
-    total = sum(tokens for tokens, _ in counts)
-    return sum(tokens * width for tokens, width in counts) / total if total else 0.0
 
 
 def peak_memory_gib() -> float:

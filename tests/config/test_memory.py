@@ -99,7 +99,7 @@ def test_every_class_of_bytes_is_predicted(name):
 @pytest.mark.parametrize(
     ("term", "without"),
     [
-        ("held += e * tokens * q  # the mixed", "held += 0 * q  # the mixed"),
+        ("held += e * tokens * q\n", "held += 0 * q\n"),
         ("_FP32 * tokens * (d + 1)", "e_ * tokens * (d + 1)"),
         ("fixed = hidden + _FP32 * matrix", "fixed = hidden + 2 * matrix"),
         ("parts = 4 if shape.gated", "parts = 3 if shape.gated"),
