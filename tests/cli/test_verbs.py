@@ -79,7 +79,7 @@ def test_plan_prints_and_writes_nothing(capsys, tmp_path, monkeypatch):
     text = output(capsys, "plan", "train.global_batch_size=64", "train.micro_batch_size=16")
     rows = {line[2:39].strip(): line[39:].strip() for line in text.splitlines()}
     assert rows["x grad_accum_steps"] == "4"
-    assert rows["total"].endswith("MiB") and rows["multiplied"] == "3,997,696"
+    assert rows["peak"].endswith("MiB") and rows["multiplied"] == "3,997,696"
     assert rows["per token, full attention"] == "27.1 MFLOP"
     assert rows["per token, causal half"] == "25.6 MFLOP"
     assert list(tmp_path.iterdir()) == []
