@@ -80,6 +80,7 @@ def data_parallel_size(config: Config) -> int:
 
 _RULES: dict[Rule, str] = {
     AT_LEAST_1: """
+        hardware.num_gpus hardware.gpus_per_node
         stage.mean_span_length
         arch.vocab_size arch.d_model arch.n_layers arch.n_heads arch.n_kv_heads arch.d_head arch.d_ff arch.max_seq_len
         arch.d_hidden arch.n_decoder_layers arch.window arch.relative_buckets arch.relative_max_distance arch.num_labels
@@ -91,11 +92,14 @@ _RULES: dict[Rule, str] = {
         engine.start_timeout_s engine.timeout_s engine.long_timeout_s engine.bucket_mib
         engine.mesh.dp_replicate engine.mesh.tp_size""",
     NOT_NEGATIVE: """
+        hardware.reserve_gib hardware.node_latency_us hardware.network_latency_us
         run.seed arch.decoder_start_id arch.blank_id arch.start_id arch.init_std arch.position_offset arch.token_types arch.norm_gain_offset
         arch.num_experts arch.balance_coef arch.router_z_coef train.eval_every_steps train.max_skipped_steps hardware.threads
         optim.weight_decay optim.max_grad_norm schedule.warmup_steps generation.temperature generation.top_k
         stage.z_loss data.limit engine.mesh.dp_shard""",
     POSITIVE: """
+        hardware.memory_gib hardware.memory_gb_per_s hardware.node_gb_per_s hardware.network_gb_per_s
+        hardware.peak_bf16_tflops hardware.peak_fp8_tflops hardware.peak_fp32_tflops
         arch.rope_theta arch.rope_local_theta arch.norm_eps arch.embedding_scale arch.attention_scale
         arch.attention_softcap arch.logit_softcap arch.logit_scale arch.expert_clamp arch.expert_alpha optim.lr optim.eps""",
     BELOW_1: "arch.dropout arch.dropout_embedding arch.dropout_weights optim.beta1 optim.beta2 data.heldout_fraction",
