@@ -44,7 +44,7 @@ def test_overrides_win_over_experiments_and_experiments_over_defaults():
 @pytest.mark.parametrize("group, option", [(g, o) for g in CHOOSABLE for o in options_in(g)])
 def test_every_yaml_composes(group, option):
     config = compose([f"{group}={option}"])
-    if group in ("schedule", "tracking", "stage", "data", "engine", "optim", "hardware"):
+    if group in ("schedule", "tracking", "stage", "data", "engine", "optim"):
         assert getattr(config, group).name == option
     if group == "pipeline":
         assert config.pipeline.name == option
