@@ -40,6 +40,7 @@ setup(
         "wandb": ["wandb>=0.20"],
         "tensorboard": ["tensorboard>=2.18"],
         "vllm": ["vllm>=0.15"],
+        "math": ["math-verify>=0.9"],
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",
@@ -48,6 +49,7 @@ setup(
             "setuptools>=77",
             "wandb>=0.20",
             "tensorboard>=2.18",
+            "math-verify>=0.9",
         ],
     },
     entry_points={"console_scripts": ["distllm = distllm.cli.main:main"]},

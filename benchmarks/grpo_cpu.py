@@ -23,7 +23,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRL_EXPERIMENTAL_SILENCE"):
@@ -65,9 +65,14 @@ def reward(texts: list[str]) -> list[float]:
 class EReward:
     """`reward` in distllm's form."""
 
+    problems: ClassVar[dict[int, str]] = {}
+
     def score(self, prompts: Any, rollouts: Any, texts: list[str]) -> list[float]:
         """Score each text."""
         return reward(texts)
+
+    def close(self) -> None:
+        """Nothing to give back."""
 
 
 class Ours:
@@ -91,6 +96,7 @@ class Ours:
             pad_id=tokenizer.pad_token_id,
             temperature=1.0,
             batch_size=RESPONSES,
+            max_response_tokens=MAX_NEW_TOKENS,
             on_policy=True,
         )
         train = TrainOptions(global_batch_size=RESPONSES, micro_batch_size=RESPONSES)

@@ -59,11 +59,13 @@ DOORS = {
     "tokenizers": ("distllm/data/",),
     "datasets": ("distllm/data/",),
     "matplotlib": ("distllm/tracking/report_plots.py",),
+    "math_verify": ("distllm/rl/rewards/rules.py",),
 }
 """Package -> where it may be imported."""
 
 INSIDE_FUNCTIONS = {"deepspeed", "accelerate", "wandb", "tensorboard", "torch.utils.tensorboard", "flash_attn",
-                    "transformers", "tokenizers", "datasets", "pyarrow", "rich", "jinja2", "matplotlib"}  # fmt: skip
+                    "transformers", "tokenizers", "datasets", "pyarrow", "rich", "jinja2", "matplotlib",
+                    "math_verify"}  # fmt: skip
 """Never at the top of a file, so that everything imports on a laptop and `--help` is fast."""
 
 LIBRARIES = {
@@ -83,6 +85,7 @@ LIBRARIES = {
     "matplotlib": "matplotlib",
     "wandb": "wandb",
     "tensorboard": "tensorboard",
+    "math_verify": "math-verify",
 }
 """Everything outside the standard library that distllm imports -> its name in setup.py."""
 

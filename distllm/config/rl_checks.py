@@ -15,7 +15,9 @@ from distllm.config.rules import (
     multiples,
     one_of,
 )
+from distllm.errors import ConfigError
 from distllm.generation.options import GenerationOptions
+from distllm.rl.rewards.base import parse_reward
 from distllm.rl.surrogate import OFF_POLICY
 
 if TYPE_CHECKING:
@@ -26,10 +28,11 @@ _RULES: dict[Rule, str] = {
     NOT_NEGATIVE: """
         stage.rollout_batch_size stage.clip_high stage.kl_coef stage.target_kl stage.entropy_coef
         stage.truncated_penalty stage.overlong_penalty stage.reward_clip stage.value_clip stage.value_lr
-        stage.value_warmup_steps stage.advantage_eps stage.off_policy_low""",
-    POSITIVE: "stage.reward_scale stage.off_policy_high",
+        stage.value_warmup_steps stage.advantage_eps stage.off_policy_low stage.reward_retries stage.reward_workers""",
+    POSITIVE: "stage.reward_timeout_s stage.reward_scale stage.off_policy_high",
     SHARE: "stage.clip_low stage.gamma stage.gae_lambda stage.overlong_buffer",
     Rule(lambda v: v == 0 or v > 1, "must be above 1, or 0 to switch it off"): "stage.dual_clip",
+    one_of("auto", "response", "joined", "pair", "dialogue"): "stage.reward_reads",
     one_of("k1", "k2", "k3"): "stage.kl_kind",
     one_of("loss", "reward"): "stage.kl_in",
     one_of(*OFF_POLICY): "stage.off_policy",
@@ -43,7 +46,7 @@ SAMPLES_FREELY = ("max_new_tokens", "temperature")
 
 def rl_rules() -> dict[str, Rule]:
     """Return dotted key -> what its value must fulfil."""
-    return by_key(_RULES) | {"stage.reward": one_of("auto", *registry.names("reward"))}
+    return by_key(_RULES)
 
 
 def rl_problems(config: Config) -> list[str]:
@@ -77,10 +80,16 @@ def rl_problems(config: Config) -> list[str]:
             f"stage.off_policy_low={stage.off_policy_low} is above stage.off_policy_high={stage.off_policy_high}: no "
             "weight could pass. Set stage.off_policy_low=0.5 stage.off_policy_high=2."
         )
-    if stage.reward == "model" and not stage.reward_model:
-        problems.append(
-            "stage.reward=model needs a reward model. Set stage.reward_model=DIR, the model/ of a stage=reward run."
-        )
+    try:
+        names = [name for name, _ in parse_reward(stage)]
+    except ConfigError as error:
+        return [*problems, str(error)]
+    for name in ("model", "classifier"):
+        if name in names and not stage.reward_model:
+            problems.append(
+                f"stage.reward={stage.reward} needs a reward model. Set stage.reward_model=DIR, such as the model/ of a "
+                "stage=reward run."
+            )
     return problems + _sampling_problems(config)
 
 

@@ -57,6 +57,8 @@ class Parts:
     """Measure once, before training, what the stage has to beat: `baseline/...`. All ranks call it."""
     connect: Callable[[Tracker, Callable[[], bool]], None] = lambda *_: None
     """Called once before training with where samples go and whether a stop was requested."""
+    close: Callable[[], None] = lambda: None
+    """Called at the very end, however the stage ended."""
     finish: Callable[[], None] = lambda: None
     """Called once after training, before the final evaluation and export."""
     parents: dict[str, str] = field(default_factory=dict)

@@ -13,7 +13,7 @@ from distllm.errors import ConfigError
 from distllm.objectives.reward import Reward, RewardOptions
 from distllm.pipeline.build import Builder
 from distllm.pipeline.measure import measure_dialogues, measure_documents, measure_pairs
-from distllm.pipeline.supervised import REWARD_HEADS
+from distllm.rl.rewards.model import REWARD_HEADS
 
 
 def evaluate(config: Config) -> dict[str, Any]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from distllm import registry
 from distllm.data.datasets import PromptDataset
-from distllm.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from distllm.engines.base import Engine
-from distllm.errors import ConfigError
 from distllm.pipeline.build import Builder, Parts
 from distllm.pipeline.measure import (
     answer_greedily,
@@ -18,8 +17,8 @@ from distllm.pipeline.measure import (
     heldout_prompts,
     sample_records,
 )
-from distllm.pipeline.supervised import REWARD_HEADS
 from distllm.rl.loop import Learning, RolloutSource, Sampling
+from distllm.rl.rewards.base import RewardContext, build_reward
 from distllm.rl.scoring import score_logprobs
 from distllm.tracking.base import Tracker
 from distllm.train.evaluate import exact_match_metrics
@@ -64,7 +63,27 @@ def build(builder: Builder) -> Parts:
         value = builder.model("value", dropout=False)
         engines["value"] = builder.engine("value", value, trained=True, lr=lr["value"])
         trained.append("value")
-    reward, parents = _reward(builder, join, engines)
+
+    def freeze(model: Any) -> Engine:
+        role = "reward" if "reward" not in engines else "second reward"
+        engines[role] = builder.engine(role, model, trained=False)
+        return engines[role]
+
+    (builder.run_dir / "logs").mkdir(exist_ok=True)
+    reward = build_reward(
+        RewardContext(
+            options=stage,
+            function="",
+            log=builder.run_dir / "logs" / "rewards.log",
+            tokenizer=builder.tokenizer,
+            join=join,
+            pad_id=builder.pad_id,
+            batch_size=config.train.micro_batch_size,
+            load=builder.load,
+            freeze=freeze,
+        )
+    )
+    parents = {"reward": stage.reward_model} if "reward" in engines else {}
 
     limit = policy.model.options.max_seq_len - config.generation.max_new_tokens  # type: ignore[union-attr]
     if getattr(stage, "bootstrap_truncated", False):
@@ -93,7 +112,8 @@ def build(builder: Builder) -> Parts:
         sampled = answer_with(builder, policy, heldout, config.generation)
         records = [p.prompt for p in sampled.prompts]
         rewards = reward.score(records, sampled.rollouts, sampled.texts)
-        metrics["eval/reward"] = sum(rewards) / len(rewards)
+        known = [r for r in rewards if math.isfinite(r)]
+        metrics["eval/reward"] = sum(known) / len(known) if known else 0.0
         metrics["eval/rewards"] = rewards
         metrics["eval/response_length"] = sum(len(r.response_ids) for r in sampled.rollouts) / len(
             rewards
@@ -114,6 +134,7 @@ def build(builder: Builder) -> Parts:
 
     return Parts(
         connect=connect,
+        close=reward.close,
         tokenizer=builder.tokenizer,
         data=builder.data,
         engines=engines,
@@ -150,37 +171,3 @@ def keep_samples(
                 "finish_reason": rollouts[i].finish_reason,
             }
         )
-
-
-def _reward(builder: Builder, join: Any, engines: dict[str, Engine]) -> tuple[Any, dict[str, str]]:
-    """Build what scores responses; a reward model gets an engine of its own."""
-    stage = builder.config.stage
-    name = stage.reward
-    if name == "auto":
-        name = "model" if stage.reward_model else "exact_match"
-    cls = registry.get("reward", name)
-    if name != "model":
-        return cls(), {}
-    if not stage.reward_model:
-        raise ConfigError(
-            "stage.reward=model needs stage.reward_model=DIR, the directory of a reward model."
-        )
-    model, tokenizer = builder.load(stage.reward_model), load_tokenizer(stage.reward_model)
-    if model.head_name not in REWARD_HEADS:
-        raise ConfigError(
-            f"stage.reward_model={stage.reward_model} has the head {model.head_name}; a reward model has last "
-            "or likelihood. Train one with stage=reward."
-        )
-    if tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(builder.tokenizer):
-        raise ConfigError(
-            f"stage.reward_model={stage.reward_model} was trained with another tokenizer ({len(tokenizer)} ids) "
-            f"than the policy ({len(builder.tokenizer)} ids). Train it from the policy's own parent."
-        )
-    engines["reward"] = builder.engine("reward", model, trained=False)
-    reward = cls(
-        engines["reward"],
-        join=join,
-        pad_id=builder.pad_id,
-        batch_size=builder.config.train.micro_batch_size,
-    )
-    return reward, {"reward": stage.reward_model}

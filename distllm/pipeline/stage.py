@@ -97,6 +97,7 @@ def run_stage(config: Config, stop: StopFlag | None = None) -> StageResult:
             raise
         finally:
             tracker.close()
+            parts.close()
             for engine in parts.engines.values():
                 engine.close()
 

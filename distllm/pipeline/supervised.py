@@ -24,10 +24,10 @@ from distllm.pipeline.measure import (
     measure_documents,
     measure_pairs,
 )
+from distllm.rl.rewards.model import REWARD_HEADS
 from distllm.train.evaluate import pair_scores, preference_metrics
 from distllm.train.source import SampleSource
 
-REWARD_HEADS = ("last", "likelihood")
 NUM_NORMALISED = 512
 """Training pairs whose scores set the mean and spread of a reward model."""
 

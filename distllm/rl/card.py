@@ -33,6 +33,13 @@ OFF = "off: change one thing at a time"
 SHARED_SOURCES: Mapping[str, str] = {
     "reward": "the rule, unless a reward model is given",
     "reward_model": "none, unless given",
+    "reward_label": "the last class: `positive` in most sentiment models",
+    "reward_reads": "what a chat template or, without one, a continuation calls for",
+    "reward_pattern": "none, unless given",
+    "reward_url": "none, unless given",
+    "reward_retries": "a server may restart",
+    "reward_timeout_s": "long for a rule, short for a judge: set it",
+    "reward_workers": "one per CPU core, at most 8",
     "num_samples": "TRL's GRPO: 8",
     "rollout_batch_size": "on policy: one update per batch of responses",
     "num_epochs": "verl, OpenRLHF, slime: 1",

@@ -9,10 +9,12 @@ updates of one batch of rollouts, so the rollouts themselves are part of the sta
 
 from __future__ import annotations
 
+import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -29,22 +31,13 @@ from distllm.generation.rollouts import pack_rollouts, spread, unpack_rollouts
 from distllm.optim.constant import Constant
 from distllm.rl.algorithm import Algorithm
 from distllm.rl.options import RLOptions
+from distllm.rl.rewards.base import Reward
 from distllm.rl.scoring import summarise
 from distllm.rl.shaping import shape_rewards
 from distllm.train.ledger import Ledger
 from distllm.train.loop import Work
 from distllm.train.options import TrainOptions
-from distllm.types import Prompt, Rollout
-
-
-class RewardFunction(Protocol):
-    """Scores responses; NaN marks one that could not be scored."""
-
-    def score(
-        self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], texts: Sequence[str]
-    ) -> list[float]:
-        """Return one reward per rollout."""
-        ...
+from distllm.types import Rollout
 
 
 @dataclass(slots=True, kw_only=True)
@@ -67,6 +60,8 @@ class Learning:
     options: TrainOptions
 
 
+_log = logging.getLogger("distllm")
+
 GREEDY = -1
 """`sample_index` of the greedy response that some algorithms compare with."""
 
@@ -79,7 +74,7 @@ class RolloutSource:
         prompts: Sequence[PromptExample],
         engines: Mapping[str, Engine],
         algorithm: Algorithm,
-        reward: RewardFunction,
+        reward: Reward,
         sampling: Sampling,
         learning: Learning,
         seed: int,
@@ -204,6 +199,7 @@ class RolloutSource:
             scores = self.reward.score(prompts, fresh, texts)
         for rollout, score in zip(fresh, scores, strict=True):
             rollout.score = score
+        self._report_problems(step, len(fresh))
         self.on_rollouts(step, prompts, fresh, texts)
         for start in range(0, len(fresh), size):
             group = fresh[start : start + size]
@@ -221,6 +217,22 @@ class RolloutSource:
             self.pending["rl/rejected_groups"] = len(self.spare) / num_sampled
         self.rollouts += self.spare[:lacks]
         self.spare, self.num_rounds, self.phase = [], 0, "prepare"
+
+    def _report_problems(self, step: int, num_responses: int) -> None:
+        """Count what could not be scored, and say why."""
+        problems = self.reward.problems
+        for name, mean in getattr(self.reward, "means", {}).items():
+            self.pending[f"rl/reward/{name}"] = mean
+        self.pending["rl/reward_errors"] = len(problems) / num_responses
+        if problems:
+            kinds = Counter(problems.values()).most_common(3)
+            _log.warning(
+                "Step %d: %d of %d responses have no reward and are left out: %s",
+                step + 1,
+                len(problems),
+                num_responses,
+                "; ".join(f"{why} ({count}x)" for why, count in kinds),
+            )
 
     def _prepare(self, step: int) -> None:
         """Shape the rewards, and fill in what the objectives need."""

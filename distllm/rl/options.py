@@ -2,17 +2,14 @@
 
 from dataclasses import dataclass
 
+from distllm.rl.rewards.options import RewardingOptions
+
 
 @dataclass(kw_only=True, slots=True)
-class RLOptions:
+class RLOptions(RewardingOptions):
     """Sample responses, score them, learn from them."""
 
     name: str = ""
-    reward: str = "auto"
-    """What scores a response: `model` (a trained reward model), `exact_match` (the prompt's answer), or `auto`:
-    `model` if `stage.reward_model` is set, else `exact_match`."""
-    reward_model: str = ""
-    """Directory of the reward model."""
     num_samples: int = 8
     """Responses per prompt."""
     rollout_batch_size: int = 0

@@ -20,9 +20,9 @@ def wilson(successes: float, count: int) -> tuple[float, float]:
 
 
 def paired_interval(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
-    """Return mean, lower and upper end (95%, normal) of the paired differences after - before."""
-    differences = [b - a for a, b in zip(before, after, strict=True)]
-    mean = fmean(differences)
+    """Return mean, lower and upper end (95%, normal) of the paired differences after - before; NaN pairs are left out."""
+    differences = [b - a for a, b in zip(before, after, strict=True) if math.isfinite(b - a)]
+    mean = fmean(differences or [0.0])
     half = (
         Z_95 * stdev(differences) / math.sqrt(len(differences))
         if len(differences) > 1

@@ -82,7 +82,8 @@ def test_a_value_by_itself(override, words):
 
 def test_choices_of_a_stage():
     assert "must be one of last, likelihood" in message("stage=reward", "stage.head=first")
-    assert "must be one of auto, exact_match, model" in message("stage=ppo", "stage.reward=llm")
+    text = message("stage=ppo", "stage.reward=llm")
+    assert "stage.reward=llm is unknown" in text and "exact_match" in text and "MODULE:" in text
     assert "stage.kl_kind=k4 must be one of k1, k2, k3" in message("stage=grpo", "stage.kl_kind=k4")
 
 

@@ -1,10 +1,13 @@
 """The rule for tasks with one right answer."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 
 from distllm.data.skills import exact_match
 from distllm.registry import register
+from distllm.rl.rewards.base import RewardContext
 from distllm.types import Prompt, Rollout
 
 
@@ -12,10 +15,23 @@ from distllm.types import Prompt, Rollout
 class ExactMatch:
     """1 where the response is the prompt's answer, else 0; NaN where the prompt has no answer."""
 
+    def __init__(self) -> None:
+        self.problems: dict[int, str] = {}
+
+    @classmethod
+    def build(cls, context: RewardContext) -> ExactMatch:
+        """Build it; nothing is needed."""
+        return cls()
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
     def score(
         self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], texts: Sequence[str]
     ) -> list[float]:
         """Judge each of `texts` against the prompt at the same index; `rollouts` are not read."""
+        missing = "the prompt has no answer to compare with"
+        self.problems = {i: missing for i, p in enumerate(prompts) if p.answer is None}
         return [
             math.nan if prompt.answer is None else float(exact_match(text, prompt.answer))
             for prompt, text in zip(prompts, texts, strict=True)

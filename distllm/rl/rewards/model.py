@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
+from distllm.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from distllm.engines.base import Engine
+from distllm.errors import ConfigError
 from distllm.objectives.reward import score
 from distllm.registry import register
-from distllm.types import Batch, Prompt, Rollout
+from distllm.rl.layout import Join
+from distllm.rl.rewards.base import RewardContext
+from distllm.types import Prompt, Rollout
 
-Join = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]], int], Batch]
+REWARD_HEADS = ("last", "likelihood")
+"""Heads whose output is one score per row."""
 
 
 @register("reward")
@@ -29,6 +34,33 @@ class RewardModel:
             batch_size: responses per forward; the scores do not depend on it.
         """
         self.engine, self.join, self.pad_id, self.batch_size = engine, join, pad_id, batch_size
+        self.problems: dict[int, str] = {}
+
+    @classmethod
+    def build(cls, context: RewardContext) -> RewardModel:
+        """Load `stage.reward_model` and check that it reads the policy's ids."""
+        folder = reward_folder(context)
+        model, tokenizer = context.load(folder), load_tokenizer(folder)
+        if model.head_name not in REWARD_HEADS:
+            raise ConfigError(
+                f"stage.reward_model={folder} has the head {model.head_name}; a reward model has last or likelihood. "
+                "Train one with stage=reward, or set stage.reward=classifier for a classifier."
+            )
+        if tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(context.tokenizer):
+            raise ConfigError(
+                f"stage.reward_model={folder} was trained with another tokenizer ({len(tokenizer)} ids) than the policy "
+                f"({len(context.tokenizer)} ids), so it cannot read the sampled ids. Set stage.reward=classifier to have "
+                "it read their text with its own tokenizer, or train one from the policy's own parent."
+            )
+        return cls(
+            context.freeze(model),
+            join=model.join,
+            pad_id=context.pad_id,
+            batch_size=context.batch_size,
+        )
+
+    def close(self) -> None:
+        """Nothing to give back: the engine is the run's."""
 
     def score(
         self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], texts: Sequence[str]
@@ -53,4 +85,20 @@ class RewardModel:
             verdicts = self.engine.infer(score, batch).double()
             scores |= zip(chosen, verdicts, strict=True) if counts else {}
         verdicts = [v.item() for v in self.engine.gather(scores, len(rollouts))]
+        self.problems = {
+            i: f"the reward model says {v}" for i, v in enumerate(verdicts) if not math.isfinite(v)
+        }
         return [v if math.isfinite(v) else math.nan for v in verdicts]
+
+
+def reward_folder(context: RewardContext) -> str:
+    """Return `stage.reward_model`.
+
+    Raises:
+        ConfigError: it is not set.
+    """
+    if not context.options.reward_model:
+        raise ConfigError(
+            f"stage.reward={context.options.reward} needs stage.reward_model=DIR, the directory of a trained model."
+        )
+    return context.options.reward_model

@@ -1,0 +1,33 @@
+"""Settings of what scores responses, shared by every RL algorithm."""
+
+from dataclasses import dataclass
+
+
+@dataclass(kw_only=True, slots=True)
+class RewardingOptions:
+    """Which reward functions, and what they need."""
+
+    reward: str = "auto"
+    """What scores a response: `exact_match` (the prompt's answer), `regex` (what `reward_pattern` finds, against the
+    answer), `math_verify` (mathematical equality with the answer), `MODULE:FUNCTION` (any Python function), `http`
+    (`reward_url`), `model` (a reward model on the sampled ids), `classifier` (a sequence classifier with its own
+    tokenizer, on the text), or `auto`: `model` if `reward_model` is set, else `exact_match`. Several with weights:
+    `math_verify + 0.2*my_rewards:brevity`."""
+    reward_model: str = ""
+    """Directory of the reward model or classifier."""
+    reward_label: str = ""
+    """Class whose probability is the classifier's reward, by name or number; empty takes the score of a model with
+    one output, or the last class."""
+    reward_reads: str = "auto"
+    """What the classifier reads: the `response` alone, prompt and response `joined` to one text, as a `pair`, or as a
+    `dialogue` in its chat template; `auto` is `dialogue` where it has a template, else `joined`."""
+    reward_pattern: str = ""
+    """Regular expression of `regex`; its first group, or all of it, is compared. The last match counts."""
+    reward_url: str = ""
+    """Address of `http`: it gets prompt, response, answer as JSON and answers {"reward": NUMBER}."""
+    reward_retries: int = 2
+    """Further attempts of `http` after a failure."""
+    reward_timeout_s: float = 10.0
+    """Seconds that a reward function may take for one response (`http`: per attempt); then the response is left out."""
+    reward_workers: int = 0
+    """Processes that run reward functions; 0 takes one per CPU core, at most 8."""
