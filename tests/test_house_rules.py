@@ -71,6 +71,7 @@ INSIDE_FUNCTIONS = {"deepspeed", "accelerate", "wandb", "tensorboard", "torch.ut
 LIBRARIES = {
     "torch": "torch",
     "numpy": "numpy",
+    "packaging": "packaging",
     "psutil": "psutil",
     "hydra": "hydra-core",
     "omegaconf": "omegaconf",

@@ -58,14 +58,14 @@ class Job:
         """Return everything it has written so far."""
         return self.output.read_text(errors="replace")
 
-    def end(self, timeout_s=240):
+    def end(self, timeout_s=600):
         """Wait for its end; return the exit code."""
         try:
             return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"it hangs:\n{self.text()[-4000:]}") from None
 
-    def wait_for(self, condition, timeout_s=240):
+    def wait_for(self, condition, timeout_s=600):
         """Wait until `condition` holds while the job runs."""
         deadline = time.monotonic() + timeout_s
         while not condition():

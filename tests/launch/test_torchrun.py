@@ -30,6 +30,7 @@ def same_curve(run_dir, undisturbed):
         assert (weights[name] - weight).abs().max() < 1e-4, name
 
 
+@pytest.mark.timeout(1200)
 def test_a_signal_then_a_killed_rank_then_a_normal_end(tmp_path, undisturbed):
     run_dir = tmp_path / "a run"
     settings = [*SETTINGS, "engine=ddp", "train.micro_batch_size=4"]
