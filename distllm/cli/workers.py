@@ -31,6 +31,9 @@ _PEERS_S = 5.0
 """Within this time, a rank that was killed is the cause of what its peers report: they report the loss of it. And what
 a rank reports is the cause of an exit without a word: ranks end so that heard of it."""
 
+_GONE_S = 10.0
+"""How long to wait for killed processes: one inside a driver's call goes when that returns, if ever."""
+
 _FATAL = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL)
 
 
@@ -114,12 +117,15 @@ class Workers:
         return [p for p in psutil.Process().children(recursive=True) if _is_alive(p)]
 
     def kill_all(self, launcher_pid: int) -> None:
-        """End everything below this process, and what is left of the launcher's group."""
+        """End everything below this process, and what is left of the launcher's group; wait until it is gone."""
         with contextlib.suppress(OSError):
             os.killpg(launcher_pid, signal.SIGKILL)
-        for process in self.descendants():
-            with contextlib.suppress(psutil.Error):
-                process.kill()
+        deadline = time.monotonic() + _GONE_S
+        while (left := self.descendants()) and time.monotonic() < deadline:
+            for process in left:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            time.sleep(POLL_S)
         for worker in self.by_pid.values():
             if worker.pidfd is not None:
                 os.close(worker.pidfd)
