@@ -97,7 +97,13 @@ def name_of(path: Path) -> str:
 
 @functools.cache
 def tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text())
+    source = path.read_text()
+    try:
+        return ast.parse(source)
+    except (
+        SystemError
+    ):  # CPython before 3.11.8 miscounts depth when the collector runs inside a parse
+        return ast.parse(source)
 
 
 @functools.cache
