@@ -75,6 +75,15 @@ class Batch:
     margins: Tensor | None = None
     """[pairs] float: by how much the chosen answer should win (reward models); rows are chosen first, then rejected."""
 
+    confidences: Tensor | None = None
+    """[pairs] float: probability that the chosen answer is the better one."""
+    is_good: Tensor | None = None
+    """[batch] bool: whether the answer in this row is a good one."""
+    ref_sums: Tensor | None = None
+    """[batch] float: summed log-probability of the row's labelled tokens under the frozen reference."""
+    kl_baseline: Tensor | None = None
+    """Scalar: divergence from the reference over the whole global batch (KTO)."""
+
     def inputs(self) -> dict[str, Tensor]:
         """Return the arguments of a model's forward that this batch holds."""
         held = {name: getattr(self, name) for name in MODEL_INPUTS}

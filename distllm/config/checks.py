@@ -17,6 +17,7 @@ from distllm.arch.io import read_options
 from distllm.config.files import GROUPS
 from distllm.config.overrides import raise_all
 from distllm.config.parallel import parallel_problems
+from distllm.config.preference_checks import preference_problems, preference_rules
 from distllm.config.rl_checks import rl_problems, rl_rules
 from distllm.config.rules import (
     ABOVE_0_TO_1,
@@ -30,17 +31,11 @@ from distllm.config.rules import (
     multiples,
     one_of,
 )
-from distllm.config.schema import Config, leaves, options_of
+from distllm.config.schema import Config, leaves, options_of, supervised_stages
 from distllm.engines.hardware import PRECISIONS, resolve_device, resolve_precision
 from distllm.engines.mesh import dp_size
 from distllm.errors import UserError
 from distllm.objectives.options import PRETRAINING
-
-SUPERVISED = ("pretrain", "sft", "reward")
-"""Stages that learn from given samples; every other one is an RL algorithm."""
-
-RECORDS = {"pretrain": "documents", "sft": "dialogues", "reward": "pairs"}
-"""Stage -> kind of record it learns from; RL algorithms need prompts."""
 
 
 def check(config: Config, dp_size: int = 1) -> None:
@@ -119,7 +114,7 @@ _RULES: dict[Rule, str] = {
 @functools.cache
 def rules() -> dict[str, Rule]:
     """Return dotted key -> what its value must fulfil. A key that this run's options do not have is skipped."""
-    return by_key(_RULES) | rl_rules()
+    return by_key(_RULES) | rl_rules() | preference_rules()
 
 
 def field_problems(config: Config) -> list[str]:
@@ -144,6 +139,7 @@ def cross_problems(config: Config, dp_size: int = 1) -> list[str]:
         *_arch_problems(config),
         *_schedule_problems(config),
         *rl_problems(config),
+        *preference_problems(config),
     ]
 
 
@@ -198,7 +194,7 @@ def _schedule_problems(config: Config) -> list[str]:
 
 def data_problems(config: Config) -> list[str]:
     """Check that the data source has what the stage learns from, as far as its class tells."""
-    kind = RECORDS.get(config.stage.name, "prompts")
+    kind = supervised_stages().get(config.stage.name, "prompts")
     sources = {name: registry.get("data", name).serves for name in registry.names("data")}
     # Where the records decide (files), the class has a property, which tells nothing yet.
     sources = {name: kinds if isinstance(kinds, tuple) else () for name, kinds in sources.items()}

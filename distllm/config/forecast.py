@@ -14,7 +14,7 @@ from distllm.config.footprint import build_meta, cache_bytes, saved_bytes
 from distllm.config.layout import Layout, layout_of
 from distllm.config.memory import RankMemory, rank_memory
 from distllm.config.roles import Role, roles_of
-from distllm.config.schema import Config
+from distllm.config.schema import Config, supervised_stages
 from distllm.config.shapes import ModelShape, has_formula, shape_of_model
 from distllm.config.step_time import StepTime, step_time
 from distllm.engines.cluster import ClusterOptions
@@ -131,7 +131,7 @@ def forecast(config: Config, models: Models) -> Forecast:
     train, stage = config.train, config.stage
     seq = min(train.seq_len, options.max_seq_len)
     work = MicroBatch(
-        batch=train.micro_batch_size * (2 if stage.name == "reward" else 1),
+        batch=train.micro_batch_size * (2 if supervised_stages().get(stage.name) == "pairs" else 1),
         seq=seq,
         element=target.dtype.itemsize,
         packed=stage.name == "pretrain",

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from distllm.config.advice import cheapest_fit, layout_problems
-from distllm.config.checks import RECORDS, SUPERVISED, model_options
+from distllm.config.checks import model_options
 from distllm.config.footprint import build_meta, parameters_by_part
 from distllm.config.forecast import Forecast, Models, forecast, models_of, target_of
 from distllm.config.layout import layout_of
 from distllm.config.overrides import raise_all
-from distllm.config.schema import Config
+from distllm.config.schema import Config, supervised_stages
 from distllm.config.step_time import StepTime
 from distllm.engines.hardware import available_cores
 
@@ -106,10 +106,9 @@ def _layout(config: Config, predicted: Forecast) -> dict[str, Any]:
 
 def _batch(config: Config, dp_size: int, seq_len: int) -> dict[str, Any]:
     train, stage = config.train, config.stage
-    unit = {"pretrain": "packed rows", "sft": "dialogues", "reward": "pairs"}.get(
-        stage.name, "responses"
-    )
-    rows = 2 if stage.name == "reward" else 1
+    unit = supervised_stages().get(stage.name, "responses")
+    unit = {"documents": "packed rows", "unpaired": "answers"}.get(unit, unit)
+    rows = 2 if unit == "pairs" else 1
     numbers: dict[str, Any] = {
         "unit": unit,
         "global_batch_size": train.global_batch_size,
@@ -121,7 +120,7 @@ def _batch(config: Config, dp_size: int, seq_len: int) -> dict[str, Any]:
         "tokens per step at most": train.global_batch_size * rows * seq_len,
         "tokens in all at most": train.global_batch_size * rows * seq_len * train.max_steps,
     }
-    if stage.name not in SUPERVISED:
+    if stage.name not in supervised_stages():
         sampled = stage.rollout_batch_size or train.global_batch_size
         numbers |= {
             "responses per rollout batch": sampled,
@@ -229,7 +228,7 @@ def count_epochs(config: Config, tokenizer: Any = None) -> dict[str, Any]:
     from distllm.data.source import open_source
 
     source = open_source(config.data, config.run.seed)
-    kind = RECORDS.get(config.stage.name, "prompts")
+    kind = supervised_stages().get(config.stage.name, "prompts")
     if kind == "documents":
         if tokenizer is None:
             return {"rows to learn from": "set tokenizer=DIR to count", "epochs": "unknown"}

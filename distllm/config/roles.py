@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from distllm.config.checks import SUPERVISED
-from distllm.config.schema import Config
+from distllm.config.schema import Config, supervised_stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +17,11 @@ class Role:
 def roles_of(config: Config) -> list[Role]:
     """List the models that the stage holds; the first is the one it is about."""
     stage = config.stage
-    if stage.name in SUPERVISED:
-        return [Role("model", getattr(stage, "head", "lm"), True)]
+    if stage.name in supervised_stages():
+        roles = [Role("model", getattr(stage, "head", "lm"), True)]
+        if getattr(stage, "reference", "") in ("auto", "live"):
+            roles.append(Role("reference", "lm", False))
+        return roles
     roles = [Role("policy", "lm", True)]
     if hasattr(stage, "value_lr"):
         roles.append(Role("value", "value", True))

@@ -11,8 +11,6 @@ from distllm.engines.cluster import ClusterOptions
 from distllm.engines.options import HardwareOptions
 from distllm.generation.options import GenerationOptions
 from distllm.objectives.options import PretrainOptions
-from distllm.objectives.reward import RewardOptions
-from distllm.objectives.sft import SFTOptions
 from distllm.optim.options import ScheduleOptions
 from distllm.pipeline.options import PipelineOptions
 from distllm.tracking.options import TrackingOptions
@@ -71,9 +69,21 @@ def options_of(group: str) -> dict[str, Any]:
     return {name: cls(name=name) for name, cls in found.items()}
 
 
+def supervised_stages() -> dict[str, str]:
+    """Return stage -> kind of record it learns from: pretraining, and each objective that names its `records`."""
+    found = {"pretrain": "documents"}
+    for name in registry.names("objective"):
+        records = getattr(registry.get("objective", name), "records", "")
+        found |= {name: records} if records else {}
+    return found
+
+
 def stages() -> dict[str, type]:
-    """Return stage name -> options class: three supervised ones and every algorithm of `rl/algorithms/`."""
-    supervised = {"pretrain": PretrainOptions, "sft": SFTOptions, "reward": RewardOptions}
+    """Return stage name -> options class: the supervised ones and every algorithm of `rl/algorithms/`."""
+    supervised = {
+        n: registry.get("objective", n).Options for n in supervised_stages() if n != "pretrain"
+    }
+    supervised = {"pretrain": PretrainOptions} | supervised
     algorithms = {n: registry.get("algorithm", n).Options for n in registry.names("algorithm")}
     return supervised | algorithms
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from distllm.data.chat import encode_answer, encode_dialogue, encode_prompt
@@ -15,7 +15,7 @@ from distllm.data.source import Source
 from distllm.data.templates import check_template
 from distllm.data.tokenizer import encode_texts
 from distllm.errors import ConfigError, DataError
-from distllm.types import Dialogue, Pair, Prompt
+from distllm.types import Dialogue, Pair, Prompt, Unpaired
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -40,6 +40,26 @@ class PairExample:
     rejected_ids: list[int]
     kind: str
     sample_id: int
+    margin: float = 0.0
+    confidence: float = 1.0
+    ref_logprobs: tuple[float, float] | None = None
+    """Summed log-probabilities of both answers under a reference, where they were computed beforehand."""
+
+
+@dataclass(slots=True)
+class UnpairedExample:
+    """One answer to a prompt, good or bad; it ends with the end-of-turn token."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    good: bool
+    sample_id: int
+    other_ids: list[int] = field(default_factory=list)
+    """An answer to another prompt, cut to fit; empty if nothing fits."""
+    ref_logprobs: tuple[float] | None = None
+    """Summed log-probability of the answer under a reference, where it was computed beforehand."""
+    ref_other: float | None = None
+    """The same of the other answer."""
 
 
 @dataclass(slots=True)
@@ -89,7 +109,7 @@ def text_rows(
     return Joined(parts)
 
 
-Example = TypeVar("Example", ChatExample, PairExample, PromptExample)
+Example = TypeVar("Example", ChatExample, PairExample, UnpairedExample, PromptExample)
 
 
 class Encoded(Generic[Example]):
@@ -234,12 +254,49 @@ class PairDataset(Encoded[PairExample]):
             encode_answer(tok, record.rejected),
             record.kind,
             index,
+            record.margin,
+            record.confidence,
         )
 
     def length(self, example: PairExample) -> int:
         """Count the prompt with the longer answer."""
         longer = max(len(example.chosen_ids), len(example.rejected_ids))
         return len(example.prompt_ids) + longer
+
+
+class UnpairedDataset(Encoded[UnpairedExample]):
+    """Answers judged good or bad, prompt and answer together never longer than `max_len` tokens."""
+
+    what = "answer"
+
+    def __init__(
+        self,
+        records: Sequence[Unpaired],
+        tok: PreTrainedTokenizerFast,
+        max_len: int,
+        options: DataOptions | None = None,
+    ) -> None:
+        super().__init__(records, tok, max_len, options)
+        count = len(self)
+        if count < 2:
+            raise DataError(
+                "One answer alone cannot be judged: the answer to another prompt is needed to "
+                "measure the divergence from the reference. Give at least 2."
+            )
+        # The two answers of a pair stand side by side, so the other one is taken from far away.
+        for index, example in enumerate(self._examples):
+            room = max_len - len(example.prompt_ids)
+            other = self._examples[(index + count // 2) % count].completion_ids
+            example.other_ids = other[:room] if len(other) > room else other
+
+    def encode(self, record: Unpaired, tok: PreTrainedTokenizerFast, index: int) -> UnpairedExample:
+        """Encode one answer."""
+        prompt = encode_prompt(tok, record.prompt)
+        return UnpairedExample(prompt, encode_answer(tok, record.completion), record.good, index)
+
+    def length(self, example: UnpairedExample) -> int:
+        """Count prompt and answer."""
+        return len(example.prompt_ids) + len(example.completion_ids)
 
 
 class PromptDataset(Encoded[PromptExample]):

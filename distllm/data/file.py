@@ -13,7 +13,14 @@ from distllm.data.intake import Intake, intakes
 from distllm.data.mixture import Records
 from distllm.data.options import DataOptions, OnBadLine
 from distllm.data.rows import content_key
-from distllm.data.source import KINDS, Source, check_split, heldout_flags, records_fingerprint
+from distllm.data.source import (
+    KINDS,
+    Source,
+    both_answers,
+    check_split,
+    heldout_flags,
+    records_fingerprint,
+)
 from distllm.errors import ConfigError, DataError
 from distllm.registry import register
 from distllm.types import (
@@ -97,7 +104,7 @@ class FileSource(Source):
         """Return answers judged good or bad; a pair gives one of each."""
         records = self._records(split)
         if all(isinstance(r, Pair) for r in records):
-            return records.spread(_both_answers)
+            return records.spread(both_answers)
         return self._each(split, _only(Unpaired), "unpaired")
 
     def labelled(self, split: str) -> list[Labelled]:
@@ -236,16 +243,6 @@ def _as_prompt(record: Record) -> Prompt | None:
             asked = [{"role": "user", "content": record.source}]
             return Prompt(messages=asked, answer=record.target, place=record.place)
     return None
-
-
-def _both_answers(record: Record) -> list[Unpaired]:
-    assert isinstance(record, Pair)
-    return [
-        Unpaired(
-            prompt=record.prompt, completion=text, good=good, task=record.task, place=record.place
-        )
-        for text, good in ((record.chosen, True), (record.rejected, False))
-    ]
 
 
 def _warn_of_overlap(train_keys: set[str], held: list[Record]) -> None:

@@ -31,7 +31,7 @@ def exact_match(response: str, answer: str) -> bool:
 class SkillsSource(Source):
     """Dialogues, pairs and prompts of the chosen tasks, taking turns."""
 
-    serves = ("dialogues", "pairs", "prompts")
+    serves = ("dialogues", "pairs", "prompts", "unpaired")
     checkable = True
 
     def __init__(self, options: DataOptions, seed: int) -> None:

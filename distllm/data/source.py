@@ -68,8 +68,10 @@ class Source:
         raise self.cannot_serve("prompts")
 
     def unpaired(self, split: str) -> list[Unpaired]:
-        """Return single answers of `split`, each judged good or bad."""
-        raise self.cannot_serve("unpaired")
+        """Return single answers of `split`, each judged good or bad; a pair gives one of each."""
+        if "unpaired" not in self.serves or "pairs" not in self.serves:
+            raise self.cannot_serve("unpaired")
+        return [answer for pair in self.pairs(split) for answer in both_answers(pair)]
 
     def labelled(self, split: str) -> list[Labelled]:
         """Return the texts of `split` with their classes."""
@@ -100,6 +102,14 @@ class Source:
             "documents, data=skills for dialogues, pairs and prompts, or data=file data.path=FILE "
             f"with columns that hold {kind}."
         )
+
+
+def both_answers(pair: Pair) -> list[Unpaired]:
+    """Return the chosen answer as a good one and the rejected as a bad one."""
+    return [
+        Unpaired(prompt=pair.prompt, completion=text, good=good, task=pair.task, place=pair.place)
+        for text, good in ((pair.chosen, True), (pair.rejected, False))
+    ]
 
 
 def open_source(options: DataOptions, seed: int) -> Source:

@@ -35,6 +35,7 @@ class Reward:
     """-log sigmoid(score(chosen) - score(rejected)), summed over pairs; weight: their number."""
 
     Options = RewardOptions
+    records = "pairs"
     coefficients: Mapping[str, float] = {"pairs": 1.0}
 
     def __init__(self, options: RewardOptions, pad_id: int, join: Join) -> None:

@@ -26,6 +26,7 @@ class SFT(CLM):
     """Causal language modelling whose labels are the assistant's tokens alone."""
 
     Options = SFTOptions
+    records = "dialogues"
 
     def collate(self, examples: Sequence[ChatExample]) -> Batch:  # type: ignore[override]
         """Pad dialogues on the right; masks come from lengths, never from token values."""

@@ -17,7 +17,7 @@ from distllm.arch.io import save_model
 from distllm.config.checks import check_training
 from distllm.config.flops import model_flops
 from distllm.config.footprint import build_meta
-from distllm.config.schema import Config, to_dict
+from distllm.config.schema import Config, supervised_stages, to_dict
 from distllm.engines import collectives
 from distllm.engines.base import Engine
 from distllm.engines.hardware import tune_cpu
@@ -73,7 +73,7 @@ def run_stage(config: Config, stop: StopFlag | None = None) -> StageResult:
         seed_all(config.run.seed, collectives.rank())
         with phase("build"):
             builder = Builder(config, folder)
-            is_rl = config.stage.name not in ("pretrain", "sft", "reward")
+            is_rl = config.stage.name not in supervised_stages()
             parts = (reinforcement if is_rl else supervised).build(builder)
         first = parts.engines[parts.trained[0]]
         _log.info(

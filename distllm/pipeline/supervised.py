@@ -1,4 +1,4 @@
-"""The supervised stages: pretraining, SFT and reward modelling, which differ in data, objective and what is measured."""
+"""The supervised stages, which differ in data, objective and what is measured; preferences are in `preferences.py`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from distllm.engines.collectives import from_main
 from distllm.errors import ConfigError
 from distllm.objectives.experts import with_experts
 from distllm.objectives.reward import Reward
+from distllm.pipeline import preferences
 from distllm.pipeline.build import Builder, Parts
 from distllm.pipeline.measure import (
     Measure,
@@ -33,10 +34,9 @@ NUM_NORMALISED = 512
 
 
 def build(builder: Builder) -> Parts:
-    """Build a pretraining, SFT or reward stage."""
-    return {"pretrain": _pretrain, "sft": _sft, "reward": _reward}[builder.config.stage.name](
-        builder
-    )
+    """Build a stage that learns from given samples."""
+    own = {"pretrain": _pretrain, "sft": _sft, "reward": _reward}
+    return own.get(builder.config.stage.name, preferences.build)(builder)
 
 
 def _pretrain(builder: Builder) -> Parts:

@@ -45,3 +45,20 @@ def expected_calibration_error(
             accuracy = fmean(float(outcomes[i]) for i in members)
             error += len(members) / len(confidences) * abs(confidence - accuracy)
     return error
+
+
+def area_under_roc(scores: Sequence[float], positive: Sequence[bool]) -> float:
+    """Return the chance that a positive scores above a negative, ties counting half (Mann and Whitney 1947)."""
+    order = sorted(range(len(scores)), key=scores.__getitem__)
+    ranks = [0.0] * len(scores)
+    start = 0
+    while start < len(order):
+        end = start
+        while end < len(order) and scores[order[end]] == scores[order[start]]:
+            end += 1
+        for place in order[start:end]:
+            ranks[place] = (start + 1 + end) / 2
+        start = end
+    count = sum(positive)
+    total = sum(rank for rank, is_positive in zip(ranks, positive, strict=True) if is_positive)
+    return (total - count * (count + 1) / 2) / (count * (len(scores) - count))

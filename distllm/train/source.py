@@ -29,11 +29,14 @@ class SampleSource:
         lr: float,
         options: TrainOptions,
         seed: int,
+        reference: Engine | None = None,
     ) -> None:
         self.dataset, self.engine, self.objective = dataset, engine, objective
         self.schedule, self.lr, self.options = schedule, lr, options
         self.sampler = make_sampler(dataset, seed, shuffle=options.shuffle)
         self.ledger = Ledger()
+        self.reference = reference
+        """A frozen model that the objective's `prepare` asks."""
 
     def next(self, step: int) -> tuple[list[Work], dict[str, float]]:
         """Return the work of 0-based `step`."""
@@ -41,14 +44,14 @@ class SampleSource:
         ranks = self.engine.ranks
         mine = ids[ranks.dp_rank :: ranks.dp_size]
         size = self.options.micro_batch_size
-        batches = together(
-            lambda: [
-                self.objective.collate([self.dataset[i] for i in mine[start : start + size]])
-                for start in range(0, len(mine), size)
-            ]
-        )
+        groups = [mine[start : start + size] for start in range(0, len(mine), size)]
+        examples = together(lambda: [[self.dataset[i] for i in group] for group in groups])
+        batches = together(lambda: [self.objective.collate(group) for group in examples])
+        prepare = getattr(self.objective, "prepare", None)
+        metrics = prepare(self.engine, self.reference, examples, batches) if prepare else {}
         work = Work(self.engine, self.objective, batches, self.schedule, self.lr)
-        return [work], {"data/epoch": self.ledger.position / self.sampler.num_samples}
+        metrics["data/epoch"] = self.ledger.position / self.sampler.num_samples
+        return [work], metrics
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the position in the data."""
