@@ -49,7 +49,7 @@ def test_every_rule_is_about_a_field():
 
 
 def test_defaults_pass_for_every_stage():
-    for stage in (*checks.SUPERVISED, "ppo", "grpo"):
+    for stage in options_of("stage"):
         assert checks.field_problems(compose([f"stage={stage}"], check=False)) == []
         assert checks.cross_problems(compose([f"stage={stage}"], check=False)) == []
 
