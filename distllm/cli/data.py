@@ -89,15 +89,24 @@ def _texts(source: "Source", kind: str, side: str) -> list[list[str]]:
 
 
 def _parts(record: Any) -> list[str]:
-    from distllm.types import Dialogue, Document, Pair
+    """Return the texts of a record of any kind."""
+    from distllm.types import Document, Labelled, Pair, Parallel, Tagged, Unpaired
 
-    if isinstance(record, Document):
-        return [record.text]
-    if isinstance(record, Dialogue):
-        return [m["content"] for m in record.messages]
-    if isinstance(record, Pair):
-        return [*(m["content"] for m in record.prompt), record.chosen, record.rejected]
-    return [*(m["content"] for m in record.messages), *([record.answer] if record.answer else [])]
+    match record:
+        case Document():
+            return [record.text]
+        case Labelled():
+            return list(record.texts)
+        case Tagged():
+            return [" ".join(record.tokens)]
+        case Parallel():
+            return [record.source, record.target]
+        case Pair():
+            return [*(m["content"] for m in record.prompt), record.chosen, record.rejected]
+        case Unpaired():
+            return [*(m["content"] for m in record.prompt), record.completion]
+    answer = getattr(record, "answer", None)
+    return [*(m["content"] for m in record.messages), *([answer] if answer else [])]
 
 
 def _print_stats(groups: dict[str, list[list[str]]], tokenizer: Any) -> None:
@@ -121,19 +130,30 @@ def _print_stats(groups: dict[str, list[list[str]]], tokenizer: Any) -> None:
 
 def _show(record: Any, tokenizer: Any) -> str:
     from distllm.data.chat import encode_dialogue
-    from distllm.types import Dialogue, Document, Pair
+    from distllm.types import Dialogue, Document, Labelled, Pair, Parallel, Tagged, Unpaired
 
-    if isinstance(record, Document):
-        return f"- {record.name}\n{_indent(record.text[:600])}"
-    if isinstance(record, Dialogue):
-        ids, mask = encode_dialogue(tokenizer, record.messages)
-        learned = f"{sum(mask)} of {len(ids)} tokens learned from"
-        return f"- {record.task} ({learned})\n{_indent(''.join(_runs(ids, mask, tokenizer)))}"
-    messages = record.prompt if isinstance(record, Pair) else record.messages
+    match record:
+        case Document():
+            return f"- {record.name}\n{_indent(record.text[:600])}"
+        case Dialogue():
+            ids, mask = encode_dialogue(tokenizer, record.messages)
+            learned = f"{sum(mask)} of {len(ids)} tokens learned from"
+            return f"- {record.task} ({learned})\n{_indent(''.join(_runs(ids, mask, tokenizer)))}"
+        case Labelled():
+            return "\n".join([f"- {record.label}", *(_indent(text) for text in record.texts)])
+        case Tagged():
+            words = zip(record.tokens, record.tags, strict=True)
+            return "- " + " ".join(f"{word}/{tag}" for word, tag in words)
+        case Parallel():
+            return f"- source\n{_indent(record.source)}\n  target\n{_indent(record.target)}"
+    messages = record.prompt if isinstance(record, Pair | Unpaired) else record.messages
     lines = [f"- {record.task}", *(_indent(f"{m['role']}: {m['content']}") for m in messages)]
     if isinstance(record, Pair):
         lines.append(_indent(f"chosen:   {_mark(record.chosen, _GREEN)}"))
         lines.append(_indent(f"rejected: {_mark(record.rejected, _RED)} {record.kind}"))
+    elif isinstance(record, Unpaired):
+        word, colour = ("good", _GREEN) if record.good else ("bad", _RED)
+        lines.append(_indent(f"{word}: {_mark(record.completion, colour)}"))
     elif record.answer is not None:
         lines.append(_indent(f"answer: {_mark(record.answer, _GREEN)}"))
     return "\n".join(lines)

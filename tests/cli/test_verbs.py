@@ -196,9 +196,31 @@ def test_data_counts_and_shows(capsys, corpus, run_dir):
     dialogue = next(line for line in text.splitlines() if "<|assistant|>" in line)
     prompt, answer = dialogue.split("<|assistant|>")
     assert answer.startswith("[[") and answer.endswith("<|end|>]]") and "[[" not in prompt
+    assert f"chosen:   [[{answer[2:].split('<|end|>')[0]}" in text
+    unpaired = text[text.index("unpaired (train)") :]
+    assert "good: [[" in unpaired or "bad: [[" in unpaired
     assert "Did you mean show?" in mistake(capsys, "data", "shwo")
     assert "heldout" in mistake(capsys, "data", "show", "split=test")
     assert "count=x" in mistake(capsys, "data", "show", "count=x")
+
+
+@pytest.mark.filterwarnings("ignore:.*partly memory")  # one row serves both splits
+@pytest.mark.parametrize(
+    ("row", "shown"),
+    [
+        ({"tokens": ["Bob", "ran"], "tags": ["B-PER", "O"]}, "Bob/B-PER ran/O"),
+        ({"source": "walk twice", "target": "WALK WALK"}, "WALK WALK"),
+        ({"prompt": "Say hi", "completion": "hi", "label": True}, "good: [[hi]]"),
+        ({"prompt": "Say hi", "completion": "no", "label": False}, "bad: [[no]]"),
+    ],
+)
+def test_data_shows_every_kind(capsys, tmp_path, run_dir, row, shown):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    settings = ["data=file", f"data.path={path}", f"data.heldout_path={path}"]
+    text = output(capsys, "data", "show", *settings, f"tokenizer={run_dir / 'model'}")
+    assert shown in text
+    assert output(capsys, "data", "stats", *settings, f"tokenizer={run_dir / 'model'}")
 
 
 def test_report_writes_one_file(capsys, run_dir, tmp_path):
