@@ -50,3 +50,10 @@ class DDP(NativeEngine):
 
     def _micro_step(self, is_last: bool) -> AbstractContextManager[Any]:
         return nullcontext() if is_last else self.caller.no_sync()  # type: ignore[operator]
+
+    def close(self) -> None:
+        super().close()
+        if isinstance(self.caller, DistributedDataParallel):
+            # The reducer owns the process group too. If it outlives the group's end it is the last owner, and then waits,
+            # with the interpreter's lock, for a thread of the group that waits for that lock (seen with torch 2.13).
+            self.caller.logger = self.caller.reducer = None
