@@ -251,10 +251,11 @@ class LSTM(nn.Module):
         return output
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        if inputs_embeds is None and self.training and self.dropout_embedding:
+        drops = self.training and self.dropout_embedding
+        if drops and inputs_embeds is None and input_ids is not None:
             weight = self.embed.weight
             kept = F.dropout(weight.new_ones(len(weight), 1), self.dropout_embedding)
-            return F.embedding(input_ids, weight * kept)  # type: ignore[arg-type]
+            return F.embedding(input_ids, weight * kept)
         return embed(self.embed, input_ids, inputs_embeds)
 
     def _start(self, cache: LSTMState | None, number: int, x: Tensor) -> State:

@@ -77,7 +77,7 @@ def run_stage(config: Config, stop: StopFlag | None = None) -> StageResult:
             parts = (reinforcement if is_rl else supervised).build(builder)
         first = parts.engines[parts.trained[0]]
         _log.info(
-            "%s: %s on %s, %s, %d processes, %d threads each.",
+            "%s: %s on %s, %s, processes: %d, threads each: %d.",
             config.stage.name,
             config.arch.name,
             first.device,

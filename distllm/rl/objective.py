@@ -56,7 +56,8 @@ class PolicyObjective:
 
         A response whose advantages are all 0, as in a group whose rewards are all equal, adds exactly nothing to the
         surrogate's gradient. Unless the KL or the entropy is a term of its own it is left out of the forward; it
-        still counts in the total, so the step is the same to the last digit of the sum.
+        still counts in the total, so the step is the same but for rounding. The metrics of the update then describe
+        the others alone; `rl/learned_share` says how many these are.
         """
         batch = collate_rollouts(examples, self.join, self.pad_id, self.options.pack)
         if len(self.coefficients) > 1:
@@ -132,7 +133,10 @@ class PolicyObjective:
         def per_token(x: Tensor) -> tuple[Tensor, Tensor]:
             return (x * learned).double().sum(), count
 
+        num_rows = len(batch.input_ids) if batch.rewards is None else len(batch.rewards)
+        num_given = num_rows if batch.sample_ids is None else len(batch.sample_ids)
         metrics = {
+            "rl/learned_share": (count.new_tensor(num_rows), count.new_tensor(num_given)),
             "rl/clip_low": per_token(surrogate.clipped_low),
             "rl/clip_high": per_token(surrogate.clipped_high),
             "rl/clip_fraction": per_token(surrogate.clipped_low | surrogate.clipped_high),

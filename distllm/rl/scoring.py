@@ -84,11 +84,14 @@ def summarise(rollouts: Sequence[Rollout]) -> dict[str, float]:
     scores = torch.tensor([r.score for r in rollouts], dtype=torch.float64)
     scored = scores[torch.isfinite(scores)]
     lengths = torch.tensor([float(len(r.response_ids)) for r in rollouts])
+    logprobs = torch.cat([r.rollout_logprobs for r in rollouts]).double()
     return {
         "rl/reward_mean": scored.mean().item() if len(scored) else 0.0,
         "rl/reward_std": scored.std(unbiased=False).item() if len(scored) else 0.0,
         "rl/unscored": 1.0 - len(scored) / len(scores),
         "rl/response_length": lengths.mean().item(),
         "rl/response_length_max": lengths.max().item(),
+        # Unbiased, over all responses; `rl/entropy` is exact per token, over those that were learned from.
+        "rl/rollout_entropy": -logprobs.mean().item() if len(logprobs) else 0.0,
         "rl/truncated": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
     }

@@ -41,6 +41,9 @@ def test_the_gradient_is_that_of_all_responses(aggregation):
     assert slow[0].norm() > 0
     torch.testing.assert_close(fast[0], slow[0], rtol=1e-10, atol=1e-14)
 
+    shares = [objective.loss(model, b).metrics["rl/learned_share"] for b in (kept, whole)]
+    assert [(a / b).item() for a, b in shares] == [0.5, 1.0]
+
     kept.total = None  # the bug: the mean over what is left
     assert not torch.allclose(step(objective, model, kept)[0], slow[0], rtol=1e-3)
 
