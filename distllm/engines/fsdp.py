@@ -1,7 +1,7 @@
 """Weights, gradients and moments cut into shards (torch FSDP2), block by block; replicas of that, and tensor parallel.
 
 A block's weights are gathered just before it runs and given back after. How matrix products are split over the tp axis
-is in `tensor_parallel.py`, how processes are laid out in `mesh.py`.
+is in `tensor_parallel/`, how processes are laid out in `mesh.py`.
 
 Reference: Zhao et al. 2023, PyTorch FSDP, arXiv 2304.11277; FSDP2 keeps each parameter as a DTensor of its own.
 """
@@ -12,28 +12,25 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
-from torch.distributed.tensor import DTensor
 
 from distllm.engines.exchange import gather_along
 from distllm.engines.memory import prepare_blocks
 from distllm.engines.mesh import MeshOptions, build_mesh
 from distllm.engines.native import Caller, NativeEngine
 from distllm.engines.options import EngineOptions
-from distllm.engines.tensor_parallel import split_model
 from distllm.registry import register
 from distllm.types import free
+
+if (
+    TYPE_CHECKING
+):  # imported inside functions: half a second that every start of another engine would pay too
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 
 @dataclass(kw_only=True, slots=True)
@@ -67,11 +64,20 @@ class FSDP(NativeEngine):
         self._initial: Callable[[str], Tensor] | None = vars(model).pop("initial_weights", None)
         self._plain = copy.deepcopy(model).to("meta")
         if self.ranks.tp_size > 1:
+            from distllm.engines.tensor_parallel.split import split_model
+
             split_model(model, self.mesh["tp"])
         prepare_blocks(model, self.options)
         return model
 
     def _wrap(self, caller: Caller) -> nn.Module:
+        from torch.distributed.fsdp import (
+            CPUOffloadPolicy,
+            MixedPrecisionPolicy,
+            OffloadPolicy,
+            fully_shard,
+        )
+
         if self.options.mesh.dp_replicate > 1:
             mesh = self.mesh["dp_replicate", "dp_shard"]
         else:
@@ -178,13 +184,13 @@ class FSDP(NativeEngine):
                 module.reshard()
 
     def _full(self, tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, DTensor):
+        if not _is_cut(tensor):
             return tensor
         return self._whole(tensor.to(self.device) if self.options.cpu_offload else tensor)
 
     def _whole(self, tensor: Tensor) -> Tensor:
         """Undo `_part`: bring the shards together, then the parts of the tp axis. Their ranks take part."""
-        if not isinstance(tensor, DTensor):
+        if not _is_cut(tensor):
             return tensor
         dims = _dims(tensor)
         shape, whole = list(tensor.shape), tensor.to_local()
@@ -199,8 +205,10 @@ class FSDP(NativeEngine):
         return whole
 
     def _like(self, parameter: Tensor, full: Tensor) -> Tensor:
-        if not isinstance(parameter, DTensor):
+        if not _is_cut(parameter):
             return super()._like(parameter, full)
+        from torch.distributed.tensor import DTensor
+
         local = self._part(parameter, full).to(parameter.device, copy=True)
         return DTensor.from_local(
             local,
@@ -212,7 +220,7 @@ class FSDP(NativeEngine):
         )
 
     def _fill(self, parameter: Tensor, full: Tensor) -> None:
-        if isinstance(parameter, DTensor):
+        if _is_cut(parameter):
             _local(parameter).copy_(self._part(parameter, full))
         else:
             parameter.copy_(full)
@@ -228,17 +236,26 @@ class FSDP(NativeEngine):
         return full
 
 
+def _is_cut(tensor: Tensor) -> TypeGuard[DTensor]:
+    """True for a tensor that is laid out over a mesh."""
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
 def _sharded(module: nn.Module) -> list[FSDPModule]:
+    from torch.distributed.fsdp import FSDPModule
+
     return [m for m in module.modules() if isinstance(m, FSDPModule)]
 
 
 def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if _is_cut(tensor) else tensor
 
 
 def _dims(tensor: Tensor) -> dict[str, int]:
     """Return mesh axis -> dim of `tensor` that is cut along it."""
-    if not isinstance(tensor, DTensor):
+    if not _is_cut(tensor):
         return {}
     names = tensor.device_mesh.mesh_dim_names or ()
     # torch's strided shards (FSDP2 over tensor parallel) are no `Shard`, but have its `dim`.

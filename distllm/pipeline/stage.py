@@ -6,6 +6,7 @@ What surrounds it (processes, lock, logs) is in `session.py`.
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import logging
 import time
@@ -155,6 +156,7 @@ def _train(
     else:
         _log.info("Going on from step %d.", loop.step)
 
+    gc.enable()  # the command line pauses it while everything is imported and built
     shown = {"start": loop.step, "is_main": main.ranks.is_main}
     with progress(config.train.max_steps, stage, **shown) as bar:
         finished = loop.run()

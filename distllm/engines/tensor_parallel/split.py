@@ -3,7 +3,7 @@
 Column-split layers give each rank its own heads or inner channels, row-split ones add the parts up. Between them, where
 norms, dropout and residuals work token by token, each rank holds a part of the sequence (Korthikanti et al. 2022, arXiv
 2205.05198). Outside the blocks every rank holds the whole sequence. What may be split is said by the model's
-`shard_plan()`; the loss over a split vocabulary is in `vocabulary_parallel.py`.
+`shard_plan()`; the loss over a split vocabulary is in `vocabulary.py`.
 
 Reference: Shoeybi et al. 2019, Megatron-LM, arXiv 1909.08053.
 """
@@ -21,8 +21,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
-from distllm.engines import vocabulary_parallel
 from distllm.engines.exchange import Exchange
+from distllm.engines.tensor_parallel import vocabulary
 from distllm.errors import EngineError
 
 _log = logging.getLogger("distllm")
@@ -61,7 +61,7 @@ def split_model(model: Any, mesh: DeviceMesh) -> None:
     for prefix, blocks in stacks.items():
         _cut_sequence(prefix, blocks, kinds, model, exchange)
     parallelize_module(model, mesh, plan)
-    vocabulary_parallel.enable(exchange)
+    vocabulary.enable(exchange)
 
 
 def _kind(plan: Mapping[str, str], name: str) -> str | None:
