@@ -31,10 +31,11 @@ def with_bug(module: ModuleType, old: str, new: str) -> ModuleType:
 def planted(module: ModuleType, old: str, new: str) -> Iterator[None]:
     """Run the `with` block with the bug inside the real module: every function whose code it changes is replaced.
 
-    Functions are replaced wherever distllm or the tests hold them, methods in their classes.
+    Functions are replaced wherever a module or one of this module's dicts holds them, methods in their classes.
     """
     copy = with_bug(module, old, new)
     undo: list[tuple[Any, str, Any]] = []
+    tables: list[tuple[dict[Any, Any], Any, Any]] = []
 
     def put(owner: Any, name: str, value: Any) -> None:
         undo.append((owner, name, inspect.getattr_static(owner, name)))
@@ -46,6 +47,10 @@ def planted(module: ModuleType, old: str, new: str) -> Iterator[None]:
             for holder in list(sys.modules.values()):
                 if getattr(holder, "__dict__", {}).get(name) is real:
                     put(holder, name, fresh)
+            for table in [t for t in vars(module).values() if isinstance(t, dict)]:
+                for key in [k for k, v in table.items() if v is real]:
+                    table[key] = fresh
+                    tables.append((table, key, real))
         elif inspect.isclass(real) and real.__module__ == module.__name__:
             for member, value in list(vars(fresh).items()):
                 if _differs(vars(real).get(member), value):
@@ -57,6 +62,8 @@ def planted(module: ModuleType, old: str, new: str) -> Iterator[None]:
     finally:
         for owner, name, value in reversed(undo):
             setattr(owner, name, value)
+        for table, key, value in tables:
+            table[key] = value
 
 
 def _differs(real: Any, fresh: Any) -> bool:
