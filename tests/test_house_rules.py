@@ -58,7 +58,7 @@ DOORS = {
     ),
     "tokenizers": ("distllm/data/",),
     "datasets": ("distllm/data/",),
-    "matplotlib": ("distllm/tracking/report_plots.py",),
+    "matplotlib": ("distllm/tracking/report_plots.py", "distllm/tracking/reliability.py"),
     "math_verify": ("distllm/rl/rewards/rules.py",),
 }
 """Package -> where it may be imported."""

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 _RULES: dict[Rule, str] = {
     POSITIVE: "stage.beta stage.desirable_weight stage.undesirable_weight",
-    NOT_NEGATIVE: "stage.sft_coef stage.odds_coef stage.margin",
+    NOT_NEGATIVE: "stage.center_coef stage.sft_coef stage.odds_coef stage.margin",
     Rule(lambda v: 0 <= v < 0.5, "must be from 0 to below 0.5"): "stage.label_smoothing",
     one_of(*LOSSES): "stage.loss",
     one_of("auto", "sum", "mean"): "stage.reduction",

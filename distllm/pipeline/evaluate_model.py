@@ -12,14 +12,20 @@ from distllm.engines.processes import phase, processes
 from distllm.errors import ConfigError
 from distllm.objectives.reward import Reward, RewardOptions
 from distllm.pipeline.build import Builder
-from distllm.pipeline.measure import measure_dialogues, measure_documents, measure_pairs
+from distllm.pipeline.judge import judge
+from distllm.pipeline.measure import (
+    heldout_pairs,
+    measure_dialogues,
+    measure_documents,
+    measure_pairs,
+)
 from distllm.rl.rewards.model import REWARD_HEADS
 
 
 def evaluate(config: Config) -> dict[str, Any]:
     """Measure `config.model` on the held-out split of `config.data`.
 
-    A reward model is measured on pairs; a language model on documents if the data has them, else on dialogues.
+    A reward model is measured on pairs, with its calibration and what its scores depend on; a language model on documents if the data has them, else on dialogues.
 
     Returns:
         `model`, `data`, `num_parameters`, and the metrics.
@@ -39,9 +45,12 @@ def _evaluate(config: Config) -> dict[str, Any]:
     builder.check_fits(model)
     engine = builder.engine("model", model, trained=False)
     serves = builder.data.serves
+    more: dict[str, Any] = {}
     if model.head_name in REWARD_HEADS:
         objective = Reward(RewardOptions(head=model.head_name), builder.pad_id, model.join)
         measure = measure_pairs(builder, engine, objective)
+        pairs = heldout_pairs(builder)[1]
+        more = judge(engine, objective, pairs, config.train.micro_batch_size)
     elif model.head_name == "lm" and "documents" in serves:
         measure = measure_documents(builder, engine)
     elif model.head_name == "lm" and "dialogues" in serves:
@@ -52,6 +61,7 @@ def _evaluate(config: Config) -> dict[str, Any]:
             "measured on these. A reward model needs pairs, a language model documents or dialogues."
         )
     metrics, _ = measure()
+    metrics |= more
     return {
         "model": config.model,
         "data": config.data.name,

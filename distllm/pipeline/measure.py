@@ -104,7 +104,8 @@ def measure_pairs(builder: Builder, engine: Engine, objective: Reward) -> Measur
             }
             for i, r in enumerate(records[:NUM_SAMPLES_SHOWN])
         ]
-        return metrics | preference_metrics(chosen - rejected, pairs), shown
+        scale = engine.model.head.reward_std.item()  # type: ignore[union-attr]
+        return metrics | preference_metrics(chosen - rejected, pairs, scale), shown
 
     return measure
 

@@ -92,8 +92,9 @@ def _normalise(engine: Engine, objective: Reward, train: PairDataset, batch_size
     """Shift and scale the scores to mean 0 and deviation 1 over training answers, right and wrong."""
     count = min(len(train), NUM_NORMALISED)
     part = [train[i] for i in range(count)]
-    both = torch.cat(pair_scores(engine, objective, part, batch_size))
     head: Any = engine.model.head
+    both = torch.cat(pair_scores(engine, objective, part, batch_size))
+    both = both * head.reward_std.cpu() + head.reward_mean.cpu()  # they may have been set before
     head.reward_mean.copy_(both.mean())
     head.reward_std.copy_(both.std())
 

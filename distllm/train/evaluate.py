@@ -16,7 +16,7 @@ from distllm.generation.generate import generate
 from distllm.generation.options import GenerationOptions
 from distllm.generation.rollouts import spread
 from distllm.objectives.reward import Reward, score
-from distllm.train.intervals import expected_calibration_error, wilson
+from distllm.train.intervals import expected_calibration_error, slope_through_origin, wilson
 from distllm.types import Batch, LossOutput, Model, Objective, Rollout, sum_by_key
 
 
@@ -128,29 +128,45 @@ def pair_scores(
     return chosen, rejected
 
 
-def preference_metrics(margins: Tensor, pairs: Sequence[PairExample]) -> dict[str, float]:
-    """Return pairwise accuracy with its 95% interval, in all and by kind of pair, and calibration.
+def preference_metrics(
+    margins: Tensor, pairs: Sequence[PairExample], scale: float = 1.0
+) -> dict[str, float]:
+    """Return pairwise accuracy with its 95% interval, in all and by kind of pair, calibration, and what length does.
 
     A tie counts half. `length_only_accuracy` is what the better of the two rules "prefer the longer" and "prefer the
-    shorter" would get: near 0.5 means that length gives nothing away.
+    shorter" would get: near 0.5 means that length gives nothing away. `length_slope` is how much of the margin goes
+    with each token by which one answer is longer.
+
+    Args:
+        margins: [pairs]: score of the chosen answer minus that of the rejected one.
+        pairs: what was judged.
+        scale: turns margins into logits of the preference (a reward model's spread before it was normalised).
     """
     right = (margins > 0).double() + 0.5 * (margins == 0).double()
     low, high = wilson(right.sum().item(), len(right))
-    chance = torch.sigmoid(margins)
-    confidence = torch.maximum(chance, 1 - chance)
     longer = torch.tensor([float(len(p.chosen_ids) - len(p.rejected_ids)) for p in pairs])
     prefer_longer = ((longer > 0).double() + 0.5 * (longer == 0).double()).mean().item()
     metrics = {
         "eval/accuracy": right.mean().item(),
         "eval/accuracy_low": low,
         "eval/accuracy_high": high,
-        "eval/ece": expected_calibration_error(confidence.tolist(), (margins > 0).tolist()),
+        "eval/ece": expected_calibration_error(*surety(margins, scale)),
         "eval/length_only_accuracy": max(prefer_longer, 1 - prefer_longer),
         "eval/num_pairs": float(len(pairs)),
     }
+    if longer.any():
+        slope = slope_through_origin(longer.tolist(), margins.tolist())
+        names = ("length_slope", "length_slope_low", "length_slope_high")
+        metrics |= {f"eval/{name}": value for name, value in zip(names, slope, strict=True)}
     kinds = sorted({p.kind for p in pairs if p.kind})
     for kind in kinds:
         members = torch.tensor([p.kind == kind for p in pairs])
         metrics[f"eval/accuracy_{kind}"] = right[members].mean().item()
         metrics[f"eval/share_{kind}"] = members.double().mean().item()
     return metrics
+
+
+def surety(margins: Tensor, scale: float = 1.0) -> tuple[list[float], list[bool]]:
+    """Return, for each pair, the probability given to the preferred answer, and whether it is the chosen one."""
+    chance = torch.sigmoid(margins * scale)
+    return torch.maximum(chance, 1 - chance).tolist(), (margins > 0).tolist()

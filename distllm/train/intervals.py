@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
 
 Z_95 = NormalDist().inv_cdf(0.975)
@@ -31,20 +32,57 @@ def paired_interval(before: Sequence[float], after: Sequence[float]) -> tuple[fl
     return mean, mean - half, mean + half
 
 
+@dataclass(frozen=True, slots=True)
+class Bin:
+    """Predictions of similar confidence."""
+
+    low: float
+    high: float
+    confidence: float
+    """Their mean."""
+    accuracy: float
+    """Share of them that are right."""
+    count: int
+
+
+def reliability(
+    confidences: Sequence[float], outcomes: Sequence[bool], num_bins: int = 10
+) -> list[Bin]:
+    """Return the non-empty ones of `num_bins` bins of equal width over [0, 1]."""
+    members: list[list[int]] = [[] for _ in range(num_bins)]
+    for index, confidence in enumerate(confidences):
+        members[min(num_bins - 1, int(confidence * num_bins))].append(index)
+    return [
+        Bin(
+            low=number / num_bins,
+            high=(number + 1) / num_bins,
+            confidence=fmean(confidences[i] for i in inside),
+            accuracy=fmean(float(outcomes[i]) for i in inside),
+            count=len(inside),
+        )
+        for number, inside in enumerate(members)
+        if inside
+    ]
+
+
 def expected_calibration_error(
     confidences: Sequence[float], outcomes: Sequence[bool], num_bins: int = 10
 ) -> float:
     """Return the mean gap between confidence and accuracy over equal-width bins (Guo et al. 2017, arXiv 1706.04599)."""
-    bins: list[list[int]] = [[] for _ in range(num_bins)]
-    for index, confidence in enumerate(confidences):
-        bins[min(num_bins - 1, int(confidence * num_bins))].append(index)
-    error = 0.0
-    for members in bins:
-        if members:
-            confidence = fmean(confidences[i] for i in members)
-            accuracy = fmean(float(outcomes[i]) for i in members)
-            error += len(members) / len(confidences) * abs(confidence - accuracy)
-    return error
+    bins = reliability(confidences, outcomes, num_bins)
+    return sum(b.count * abs(b.confidence - b.accuracy) for b in bins) / len(confidences)
+
+
+def slope_through_origin(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
+    """Return the slope b of y = b x by least squares with its 95% interval; x must not be 0 throughout.
+
+    The interval allows for errors whose size depends on x (White 1980).
+    """
+    total = sum(a * a for a in x)
+    slope = sum(a * b for a, b in zip(x, y, strict=True)) / total
+    errors = sum((a * (b - slope * a)) ** 2 for a, b in zip(x, y, strict=True))
+    half = Z_95 * math.sqrt(errors) / total
+    return slope, slope - half, slope + half
 
 
 def area_under_roc(scores: Sequence[float], positive: Sequence[bool]) -> float:
