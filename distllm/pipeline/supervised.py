@@ -13,7 +13,7 @@ from distllm.data import ngram
 from distllm.data.datasets import ChatDataset, PairDataset, text_rows
 from distllm.engines.base import Engine
 from distllm.engines.collectives import from_main
-from distllm.errors import ConfigError
+from distllm.errors import CheckpointError, ConfigError
 from distllm.objectives.experts import with_experts
 from distllm.objectives.reward import Reward
 from distllm.pipeline import preferences
@@ -100,8 +100,12 @@ def _normalise(engine: Engine, objective: Reward, train: PairDataset, batch_size
 
 
 def likelihood_baseline(builder: Builder, objective: Reward) -> dict[str, float]:
-    """Judge the held-out pairs by the log-likelihood of the model that training starts from."""
-    engine = builder.engine("baseline", builder.model("likelihood", dropout=False), trained=False)
+    """Judge the held-out pairs by the log-likelihood of the model that training starts from, if it has one."""
+    try:
+        model = builder.model("likelihood", dropout=False)
+    except CheckpointError:
+        return {}  # it has been trained to judge before, and is no language model any more
+    engine = builder.engine("baseline", model, trained=False)
     _, pairs = heldout_pairs(builder)
     size = builder.config.train.micro_batch_size
     chosen, rejected = pair_scores(engine, objective, pairs, size)
