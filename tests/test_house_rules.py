@@ -235,7 +235,13 @@ def test_no_pickle_and_no_code_from_data():
         f"{name_of(path)}:{node.lineno}: {ast.unparse(node.func)}"
         for path in FILES
         for node in ast.walk(tree(path))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in forbidden
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in forbidden
+        # Foreign checkpoints: torch's restricted reader, which runs no code.
+        and not (
+            name_of(path) == "distllm/arch/files.py"
+            and any(ast.unparse(k) == "weights_only=True" for k in node.keywords)
+        )
     ]
     assert calls == []
 

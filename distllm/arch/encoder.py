@@ -220,7 +220,24 @@ class Encoder(Stack):
         Raises:
             ConfigError: always.
         """
-        raise ConfigError(
-            "an encoder-only model does not generate text: every token changes the states of all others. "
-            "Choose arch=ARCH among the decoders, or stage=classify, tag or reward for this one."
-        )
+        raise ConfigError(_GENERATES_NOT)
+
+    def read(
+        self, prompts: Sequence[Sequence[int]], room: int, pad_id: int, dtype: torch.dtype
+    ) -> Any:
+        """Refuse: an encoder continues nothing.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(_GENERATES_NOT)
+
+    def room_after(self, prompt_length: int) -> int:
+        """Return how many tokens there is room for behind a prompt, to be judged with it."""
+        return self.options.max_seq_len - prompt_length
+
+
+_GENERATES_NOT = (
+    "an encoder-only model does not generate text: every token changes the states of all others. "
+    "Choose arch=ARCH among the decoders, or stage=classify, tag or reward for this one."
+)

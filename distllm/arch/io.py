@@ -1,6 +1,6 @@
 """Model directories in Hugging Face layout: config.json, model.safetensors, the tokenizer's files, a model card.
 
-Which names and settings a family uses is in `arch/hf/`, one file per family. Training checkpoints are not made here:
+Which names and settings a family uses is in `arch/hf/`, one file per family; the files are read in `files.py`. Training checkpoints are not made here:
 they are in `train/checkpoint.py`.
 """
 
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import shutil
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from distllm import registry
+from distllm.arch.files import (
+    beside,
+    clear_debris,
+    put_in_place,
+    read_config,
+    read_json,
+    read_tensors,
+)
 from distllm.arch.hf.family import Family, families, family_of
 from distllm.arch.hf.rules import their_names
 from distllm.errors import CheckpointError
@@ -32,6 +40,7 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = torch.float32,
     seed: int = 0,
+    arch: str | None = None,
 ) -> tuple[Any, Any]:
     """Read a model and its tokenizer from a directory in Hugging Face layout; nothing is fetched from a network.
 
@@ -42,6 +51,7 @@ def load_model(
         device: where to put the model.
         dtype: of the weights; None keeps the saved one.
         seed: of parameters that are not in the directory.
+        arch: "auto" runs transformers' own code, whatever the family; anything else takes what config.json says.
 
     Returns:
         (model in eval mode, tokenizer or None when the directory holds none).
@@ -49,11 +59,18 @@ def load_model(
     Raises:
         CheckpointError: files are missing or damaged, or the tensors are not those of the configuration.
     """
+    folder = Path(folder)
+    if _is_wrapped(read_config(folder), arch):
+        from distllm.arch import auto
+
+        model, line = auto.load(folder, head, dtype, seed)
+        warnings.warn(line, UserWarning, stacklevel=2)
+        return model.to(device), read_tokenizer(folder)
     model, state = open_model(folder, head, seed)
     if dtype is not None:
         state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
     model.load_state_dict(state, assign=True)
-    return model.to(device).eval(), read_tokenizer(Path(folder))
+    return model.to(device).eval(), read_tokenizer(folder)
 
 
 def open_model(
@@ -73,8 +90,9 @@ def open_model(
         CheckpointError: as `load_model`.
     """
     folder = Path(folder)
-    config, tensors = read_config(folder), read_tensors(folder)
+    config = read_config(folder)
     family = _family(config, folder)
+    tensors = read_tensors(folder)
     options, state, saved_head = family.from_hf(config, tensors, head)
     model_class = registry.get("arch", options.name)
     wanted_head = head or saved_head
@@ -90,7 +108,7 @@ def open_model(
         model, state, fresh, folder, their_names(family.rules(options, wanted_head)), tensors
     )
     _fill_fresh(model, state, seed)
-    model.generation_defaults = _read_json(folder / "generation_config.json")
+    model.generation_defaults = read_json(folder / "generation_config.json")
     return model, state
 
 
@@ -122,19 +140,25 @@ def save_model(
 
     options, head = model.options, model.head_name
     state = dict(model.state_dict() if state is None else state)
-    config, tensors = family_of(options).to_hf(options, state, head)
+    is_wrapped = options.name == "auto"
+    config, tensors = ({}, {}) if is_wrapped else family_of(options).to_hf(options, state, head)
     defaults = getattr(model, "generation_defaults", {})
     special = _special_ids(tokenizer, defaults)
     config = special | config
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _clear_debris(folder)
-    aside = _beside(folder, "tmp")
+    clear_debris(folder)
+    aside = beside(folder, "tmp")
     try:
         aside.mkdir()
-        _write(
-            aside, config, defaults | _generation_config(special, end_ids), tensors, card, options
+        if is_wrapped:
+            _save_wrapped(model, state, aside)
+        else:
+            _write_model(aside, config, tensors)
+        _write_texts(
+            aside,
+            defaults | _generation_config(special, end_ids),
+            _card(model, sum(t.numel() for t in state.values()), card),
         )
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
@@ -144,60 +168,21 @@ def save_model(
             f"the model cannot be written to {folder}: {error}. Make room or give another directory; "
             "what was there is untouched."
         ) from error
-    _put_in_place(aside, folder)
+    put_in_place(aside, folder)
 
 
-def read_options(folder: Path) -> Any:
-    """Read the shape of the model in a directory, without its weights.
+def read_options(folder: Path, arch: str | None = None) -> Any:
+    """Read the shape of the model in a directory, without its weights; `arch` as in `load_model`.
 
     Raises:
         CheckpointError: config.json is missing, damaged, or of a family we cannot read.
     """
     config = read_config(folder)
+    if _is_wrapped(config, arch):
+        from distllm.arch import auto
+
+        return auto.read_options(folder)
     return _family(config, folder).from_hf(config, {})[0]
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read config.json.
-
-    Raises:
-        CheckpointError: it is missing or not JSON.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise CheckpointError(
-            f"{folder} is not a model directory: it has no config.json. Give the directory that holds "
-            "config.json and model.safetensors (a run's is RUN/model)."
-        )
-    return _read_json(path)
-
-
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Read model.safetensors, or the shards that model.safetensors.index.json lists.
-
-    Raises:
-        CheckpointError: a file is missing or damaged.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    index = folder / "model.safetensors.index.json"
-    files = [folder / "model.safetensors"]
-    if index.is_file():
-        try:
-            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{index} is damaged: {error}.") from error
-        files = [folder / name for name in sorted(set(shards))]
-    tensors: dict[str, Tensor] = {}
-    for path in files:
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing; weights are read from safetensors only.")
-        try:
-            tensors |= load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is damaged or cut short: {error}.") from error
-    return tensors
 
 
 def read_tokenizer(folder: Path) -> Any:
@@ -219,20 +204,6 @@ def _family(config: Mapping[str, Any], folder: Path) -> Family:
             f"{', '.join(sorted(known))}.{hint} arch=auto model={folder} runs any model that transformers can load."
         )
     return known[model_type]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; an absent file is an empty one.
-
-    Raises:
-        CheckpointError: it is not JSON.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
 
 
 def _expected(model: nn.Module) -> dict[str, Tensor]:
@@ -315,47 +286,36 @@ def _generation_config(special: Mapping[str, Any], end_ids: Sequence[int]) -> di
     return known
 
 
-def _write(
-    folder: Path,
-    config: Mapping[str, Any],
-    generation_config: Mapping[str, Any],
-    tensors: dict[str, Tensor],
-    card: str,
-    options: Any,
-) -> None:
+def _write_model(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    for name, content in (("config", config), ("generation_config", generation_config)):
-        text = json.dumps(content, indent=2) + "\n"
-        (folder / f"{name}.json").write_text(text, encoding="utf-8")
-    num_parameters = sum(v.numel() for v in tensors.values())
-    (folder / "README.md").write_text(
-        _card(config["architectures"][0], options, num_parameters, card), encoding="utf-8"
-    )
+    plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    save_file(plain, folder / "model.safetensors", metadata={"format": "pt"})
+    text = json.dumps(config, indent=2) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
 
 
-def _card(title: str, options: Any, num_parameters: int, extra: str) -> str:
+def _save_wrapped(model: Any, state: Mapping[str, Tensor], folder: Path) -> None:
+    from distllm.arch import auto
+
+    auto.save(model, state, folder)
+
+
+def _write_texts(folder: Path, generation_config: Mapping[str, Any], card: str) -> None:
+    text = json.dumps(generation_config, indent=2) + "\n"
+    (folder / "generation_config.json").write_text(text, encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _card(model: Any, num_parameters: int, extra: str) -> str:
+    options = model.options
+    title = options.family or options.name
     return (
-        f"# {title}\n\nTrained with distllm. {num_parameters:,} parameters, {options.n_layers} layers of width "
-        f"{options.d_model}, vocabulary {options.vocab_size:,}, context {options.max_seq_len:,} tokens.\n\n"
-        f'Load it with `distllm.load_model("DIR")`.\n{extra}'
+        f"# {title}, {model.head_name} head\n\nTrained with distllm. {num_parameters:,} parameters, {options.n_layers} "
+        f"layers of width {options.d_model}, vocabulary {options.vocab_size:,}, context {options.max_seq_len:,} "
+        f'tokens.\n\nLoad it with `distllm.load_model("DIR")`.\n{extra}'
     )
 
 
-def _beside(folder: Path, kind: str) -> Path:
-    return folder.with_name(f".{folder.name}.{os.getpid()}.{kind}")
-
-
-def _clear_debris(folder: Path) -> None:
-    for kind in ("tmp", "old"):
-        for path in folder.parent.glob(f".{folder.name}.*.{kind}"):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _put_in_place(aside: Path, folder: Path) -> None:
-    old = _beside(folder, "old")
-    if folder.exists():
-        folder.rename(old)
-    aside.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+def _is_wrapped(config: Mapping[str, Any], arch: str | None) -> bool:
+    return "auto" in (arch, config.get("distllm_arch"))

@@ -1,20 +1,24 @@
-"""`distllm import`: reserved for reading foreign checkpoints; not available yet."""
+"""`distllm import`: check a foreign checkpoint and write it as one of ours: one safetensors file, every setting spelled out."""
 
 from collections.abc import Sequence
 
-from distllm.errors import ConfigError
+from distllm.cli.arguments import split
 
 HELP = """
 usage: distllm import model=HF_DIR out=DIR
 
-Not available yet. A Llama-like directory in Hugging Face layout needs no import: model=HF_DIR reads it as it is.
+Reads a Hugging Face directory, checks names and shapes of all tensors against its config.json and its tokenizer against
+the vocabulary, and writes it anew; the dtype stays. A pickle (pytorch_model.bin) becomes safetensors if it holds tensors
+only. Not needed before training: model=HF_DIR reads such a directory as it is.
+
+Example:
+  distllm import model=downloads/Qwen3-0.6B out=models/qwen3
 """
-OWN = {"out": "directory to write"}
+OWN = {"out": "directory to write; must be new or empty"}
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Say so."""
-    raise ConfigError(
-        "`distllm import` is not available in this version; a Llama-like Hugging Face directory can be used as it is: "
-        "model=HF_DIR."
-    )
+    """Load the model and write it again."""
+    from distllm.cli.export import copy
+
+    return copy("import", split("import", arguments, OWN), OWN)

@@ -29,7 +29,7 @@ VERBS = {
     "chat": "talk to a model in the terminal",
     "evaluate": "measure a model on held-out data; JSON out",
     "export": "write a model directory in Hugging Face layout",
-    "import": "read a Hugging Face directory (not available yet)",
+    "import": "check a Hugging Face directory and write it as one of ours",
     "plan": "print batch arithmetic, parameters, memory and FLOPs of a run; start nothing",
     "explain": "tell a setting's value, where it comes from and what it means",
     "list": "show what there is to choose",

@@ -103,7 +103,7 @@ def load(verb: str, given: Arguments, own: dict[str, str]) -> Speaker:
         raise ConfigError(f"`distllm {verb}` needs model=DIR, such as model=RUN/model.")
     raise_all(machine_problems(config))
     tune_cpu(config.hardware)
-    model, tokenizer = load_model(config.model)
+    model, tokenizer = load_model(config.model, arch=config.arch.name)
     if config.tokenizer:
         tokenizer = load_tokenizer(config.tokenizer)
     if tokenizer is None:

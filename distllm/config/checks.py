@@ -214,7 +214,9 @@ def model_options(config: Config) -> Any:
     Raises:
         CheckpointError: the directory holds no model.
     """
-    return config.arch if config.model is None else read_options(Path(config.model))
+    return (
+        config.arch if config.model is None else read_options(Path(config.model), config.arch.name)
+    )
 
 
 def model_problems(config: Config) -> list[str]:

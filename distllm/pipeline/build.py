@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from distllm import registry
-from distllm.arch.io import load_model, open_model
+from distllm.arch.io import load_model, open_model, read_options
 from distllm.config.schema import Config
 from distllm.data.chat import end_ids
 from distllm.data.source import Source as DataSource
@@ -110,13 +110,23 @@ class Builder:
                 model.initial_weights = partial(initial_weight, model, seed=config.run.seed)
         self.check_fits(model)
         for block in model.blocks():
-            block.dropout = config.arch.dropout if dropout else 0.0
+            if isinstance(getattr(block, "dropout", None), float):
+                block.dropout = config.arch.dropout if dropout else 0.0
         return model
 
     def load(self, folder: str, head: str | None = None) -> Any:
         """Load a model from a directory, in the way the engine takes it."""
+        arch = self.config.arch.name
         if not self._builds_on_meta:
-            return load_model(folder, head=head, seed=self.config.run.seed)[0]
+            return load_model(folder, head=head, seed=self.config.run.seed, arch=arch)[0]
+        if read_options(Path(folder), arch).name == "auto":
+            able = [
+                n for n in registry.names("engine") if not registry.get("engine", n).builds_on_meta
+            ]
+            raise ConfigError(
+                f"arch=auto wraps a model that is whole in memory, and engine={self.config.engine.name} takes it in "
+                f"parts. Set engine to one of {', '.join(able)}."
+            )
         model, state = open_model(folder, head, self.config.run.seed)
         model.initial_weights = state.pop
         return model

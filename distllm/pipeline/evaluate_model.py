@@ -41,7 +41,7 @@ def _evaluate(config: Config) -> dict[str, Any]:
     assert config.model is not None
     tune_cpu(config.hardware)
     builder = Builder(config, Path(config.model))
-    model, _ = load_model(config.model)
+    model, _ = load_model(config.model, arch=config.arch.name)
     builder.check_fits(model)
     engine = builder.engine("model", model, trained=False)
     serves = builder.data.serves
