@@ -1,5 +1,6 @@
 """Each verb on real input, in this process; `train` also as a process that is told to stop."""
 
+import itertools
 import json
 import random
 import signal
@@ -58,8 +59,8 @@ def test_list_shows_every_option_with_its_description(capsys):
     text = output(capsys, "list")
     for group in CHOOSABLE:
         assert f"\n{group}\n" in f"\n{text}"
-        section = text.partition(f"\n{group}\n" if f"\n{group}\n" in text else f"{group}\n")[2]
-        lines = section.partition("\n\n")[0].splitlines()
+        rest = f"\n{text}".partition(f"\n{group}\n")[2].splitlines()
+        lines = list(itertools.takewhile(lambda x: x.startswith(" "), rest))
         for option in options_in(group):
             (line,) = {x for x in lines if x.startswith(f"  {option} ")}
             assert len(line.split(maxsplit=1)[1]) > 10, f"{group}={option} says nothing of itself"
