@@ -6,8 +6,10 @@
 #   NNODES=2 RDZV_ENDPOINT=host0:29400 launch/torchrun.sh run.dir=/shared/a engine=fsdp        on both nodes
 #   launch/torchrun.sh --dry-run run.dir=runs/a                                      print the command, start nothing
 #
-# Variables: NNODES, NPROC_PER_NODE, RDZV_ENDPOINT, RDZV_ID, LOCAL_ADDR, MAX_RESTARTS, VERB (train or pipeline). Where
-# Kubeflow sets its PET_ variables, they fill in. Time-outs of collectives are engine.timeout_s and engine.long_timeout_s.
+# Variables: NNODES, NPROC_PER_NODE, RDZV_ENDPOINT, RDZV_ID, RDZV_CONF, LOCAL_ADDR, MAX_RESTARTS, VERB (train or pipeline).
+# Where Kubeflow sets its PET_ variables, they fill in. Where a machine's name does not resolve to the address that the
+# others reach it at: LOCAL_ADDR=that address, and RDZV_CONF=is_host=1 on the host of RDZV_ENDPOINT, is_host=0 elsewhere.
+# Time-outs of collectives are engine.timeout_s and engine.long_timeout_s.
 set -euo pipefail
 
 # The virtual environment of this checkout, where there is one.
@@ -35,6 +37,7 @@ exec python -m distllm.cli.supervise \
   --rdzv-backend=c10d \
   --rdzv-endpoint="${RDZV_ENDPOINT:-${PET_MASTER_ADDR:-localhost}:${PET_MASTER_PORT:-0}}" \
   --rdzv-id="${RDZV_ID:-distllm}" \
+  ${RDZV_CONF:+--rdzv-conf="$RDZV_CONF"} \
   ${LOCAL_ADDR:+--local-addr="$LOCAL_ADDR"} \
   --max-restarts="${MAX_RESTARTS:-3}" \
   --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \

@@ -30,6 +30,10 @@ from distllm.train.signals import GRACE_S, SIGNALS, die_with_parent
 FAREWELL_S = 5.0
 """How long helpers of a launcher that ended by itself may take to end too."""
 
+_SILENCE_S = "DISTLLM_LAUNCHER_SILENCE_S"
+"""Environment variable: how long a launcher whose workers have failed may neither start new ones nor end. torchrun was
+seen to wait for ever when the host of its rendezvous could not be reached any more."""
+
 _STOPPED_FILE = "stopped.json"
 _OF_A_WORKER = ("RANK", "LOCAL_RANK")
 """What only workers may have in their environment: inherited by the launcher, it would pass for one."""
@@ -62,6 +66,9 @@ class Supervisor:
         self.stopped_file = run_dir / _STOPPED_FILE
         self.workers = Workers(folder)
         self._stopped_before = _identity(self.stopped_file)
+        # torchrun's nodes wait up to 600 s for each other before they start again; without restarts nothing waits.
+        is_restarting = any(w.startswith("--max-restarts=") and w[-2:] != "=0" for w in command)
+        self.silence_s = float(os.environ.get(_SILENCE_S) or (660 if is_restarting else 30))
         self._signum: int | None = None
         self._first_s = 0.0
         self._at_once: int | None = None
@@ -110,6 +117,11 @@ class Supervisor:
                 _tell(*lines)
             if code is not None:
                 return code
+            if self.workers.silent_s() > self.silence_s:
+                _tell(
+                    f"the launcher did nothing for {self.silence_s:g} s after its workers failed; ended."
+                )
+                break
         launcher.kill()  # before anything else, or it would start ended workers again
         launcher.wait()
         return None

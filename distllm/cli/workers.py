@@ -66,6 +66,7 @@ class Workers:
 
     folder: Path
     by_pid: dict[int, Worker] = field(default_factory=dict)
+    last_death_s: float = 0.0
 
     def watch(self) -> list[str]:
         """Take note of who came and who ended, waiting a moment; return lines that the user should read."""
@@ -102,6 +103,12 @@ class Workers:
         newest = {w.rank: w for w in self.by_pid.values()}  # in the order of their coming
         return [w.failure for w in newest.values() if w.failure is not None]
 
+    def silent_s(self) -> float:
+        """Return for how long all workers have been gone, one of them at least in failure; 0 where it is not so."""
+        if any(w.is_alive for w in self.by_pid.values()) or not self.failures():
+            return 0.0
+        return time.monotonic() - self.last_death_s
+
     def first_failure(self) -> Failure | None:
         """Return the failure that the others followed from."""
 
@@ -133,6 +140,7 @@ class Workers:
 
     def _take_leave(self, worker: Worker, code: int | None) -> list[str]:
         worker.is_alive = False
+        self.last_death_s = time.monotonic()
         worker.failure = read_failure(self.folder, worker.pid)
         left = left_by_itself(self.folder, worker.pid)
         if worker.failure is not None or (left and not code):

@@ -35,6 +35,7 @@ def launcher(num_workers: int, max_restarts: int, *arguments: str) -> int:
             worker.terminate()
         for worker in workers:
             worker.wait()
+    time.sleep(float(os.environ.get("LINGER_S", 0)))
     return 1
 
 

@@ -178,6 +178,13 @@ def test_a_signal_after_a_restart_reaches_the_new_workers(tmp_path):
     assert code == 3, err
 
 
+def test_a_launcher_that_hangs_after_a_failure_is_ended(tmp_path):
+    process = start(tmp_path, FAULT="exception", LINGER_S="600", DISTLLM_LAUNCHER_SILENCE_S="1")
+    code, err = end(process)
+    assert code == 1 and "the launcher did nothing for 1 s after its workers failed" in err
+    assert err.rstrip().endswith("ValueError: the first cause")
+
+
 def test_a_users_mistake_is_not_tried_again(tmp_path):
     code, err = end(start(tmp_path, max_restarts=100, FAULT="mistake"))
     assert code == 2

@@ -182,3 +182,23 @@ def test_kubernetes_job_fits_its_runtime_and_our_exit_codes():
     pod = node["template"]["spec"]["template"]["spec"]
     assert pod["restartPolicy"] == "Never" and pod["terminationGracePeriodSeconds"] >= 60
     assert {m["name"] for m in pod["containers"][0]["volumeMounts"]} == {v["name"] for v in pod["volumes"]}  # fmt: skip
+
+
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", (ROOT / "docs/launch.md").read_text(), re.DOTALL)
+    for line in block.splitlines()
+    if "launch/" in line
+]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_the_commands_of_the_guide_are_understood(run, line):
+    """Each is started as it stands there, but for a dry run; and as sbatch would start its file."""
+    before, _, after = line.partition("launch/")
+    words = [word for word in shlex.split(before) if not word.startswith("-")]
+    variables = dict(word.split("=", 1) for word in words if "=" in word)
+    script, *settings = shlex.split(after)
+    done = run(script, *settings, "--dry-run", **variables)
+    assert done.returncode == 0, done.stderr
+    assert shlex.split(done.stdout)[-len(settings) :] == settings
