@@ -9,7 +9,6 @@ arithmetic makes take `e` bytes (4 in fp32, 2 in bf16); the residual stream and 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from distllm.config.shapes import ModelShape
@@ -131,15 +130,21 @@ def visible_pairs(seq: int) -> int:
     return sum((end - start) * end for start, end in zip(range(0, seq, rows), ends, strict=True))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Moment:
     """One moment of a step that can be the worst."""
 
     name: str
     activations: int
     logits: int
-    gradients: float
-    """Share of the weights that have a gradient already in the first micro-batch of a step; in later ones all do."""
+    blocks: int
+    """Blocks whose backward is not over yet."""
+    in_backward: bool = True
+    """False up to the loss, while no gradient of this micro-batch exists."""
+    part: int = 0
+    """Weights of the block at work that have their gradient."""
+    rest: int = 0
+    """Weights outside the blocks that have their gradient."""
 
     @property
     def total(self) -> int:
@@ -153,8 +158,7 @@ def moments(shape: ModelShape, work: MicroBatch) -> list[Moment]:
     The gradient that the loss gives a tied embedding waits, as a temporary, for the embedding's own at the very end.
     """
     e, d, tokens = work.element, shape.d_model, work.tokens
-    own = tokens // work.tp
-    stream = _FP32 * own * d
+    stream = _FP32 * tokens // work.tp * d
     block = block_held(shape, work)
     recomputes = work.checkpointing == "full"
     kept = stream + (_RNG_STATE if work.on_cpu else 0) if recomputes else block.total
@@ -162,7 +166,7 @@ def moments(shape: ModelShape, work: MicroBatch) -> list[Moment]:
     bias = e * work.batch * work.seq**2 if work.packed else 0
     tables = 2 * e * (tokens if work.packed else work.seq) * shape.d_head
     shared = tables + (bias if recomputes or not _keeps_probabilities(work) else 0)
-    final = _FP32 * own * (d + 1)
+    final = _FP32 * tokens * (d + 1)  # outside the blocks every process holds whole sequences
     cached = shape.n_layers * block.copies if recomputes else 0
     hidden = e * tokens * d
 
@@ -171,33 +175,41 @@ def moments(shape: ModelShape, work: MicroBatch) -> list[Moment]:
     loss_forward, loss_backward = loss_bytes(shape, work)
     inner = e * tokens * shape.d_ff // work.tp
     again = block.total - stream if recomputes else 0
-    norm_temporaries = 3 * stream + (hidden if e < _FP32 else 0)
+    norm_temporaries = 3 * _FP32 * tokens * d + (hidden if e < _FP32 else 0)
 
-    all_parameters = shape.parameters
-    per_block = sum(map(math.prod, shape.block))
+    # Weights that have their gradient.
+    head_done = 0 if shape.tied else shape.head_multiplied
     down = shape.d_model * shape.d_ff
     half = down * (3 if shape.gated else 2) + shape.q_width * shape.d_model
-    behind = 0 if shape.tied else shape.head_multiplied
-    before_first = behind + (shape.n_layers - 1) * per_block
-    embedding = shape.embedding_multiplied
 
+    layers = shape.n_layers
+    all_blocks = blocks + shared
     found = [
-        Moment("loss, forward", blocks + shared + final + hidden + cached, loss_forward, 0.0),
-        Moment("loss, backward", blocks + shared + final, loss_backward, 0.0),
-        Moment("final norm, backward", blocks + shared + final + norm_temporaries, waiting,
-               behind / all_parameters),
-        Moment("embedding, backward", shared, _FP32 * embedding // work.tp + 2 * waiting or stream,
-               1 - embedding / all_parameters),
+        Moment(name="loss, forward", activations=all_blocks + final + hidden + cached,
+               logits=loss_forward, blocks=layers, in_backward=False),
+        Moment(name="loss, backward", activations=all_blocks + final, logits=loss_backward,
+               blocks=layers, in_backward=False),
+        Moment(name="final norm, backward", activations=all_blocks + final + norm_temporaries,
+               logits=waiting, blocks=layers, rest=head_done),
+        Moment(name="embedding, backward", activations=shared,
+               logits=_FP32 * shape.embedding_multiplied // work.tp + 2 * waiting or stream,
+               blocks=0, rest=head_done),
     ]  # fmt: skip
-    for name, number, done in (("last", shape.n_layers, behind), ("first", 1, before_first)):
-        rest = number * kept + again + shared
+    # From block to block held memory falls and gradients grow, evenly: only the ends can be the worst. The blocks next to
+    # them count as ends, because what an engine sends behind a block's backward begins and stops there.
+    ends = {layers: "last", layers - 1: "second-last", 2: "second", 1: "first"}
+    for number, name in ends.items():
+        if not 1 <= number <= layers:
+            continue
+        held = number * kept + again + shared
         found += [
-            Moment(f"{name} feed-forward, backward",
-                   rest + stream + 2 * inner - work.copies * down // work.tp, waiting,
-                   (done + down) / all_parameters),
-            Moment(f"{name} attention, backward",
-                   rest - block.feed_forward + stream + _attention_backward(shape, work), waiting,
-                   (done + half) / all_parameters),
+            Moment(name=f"{name} feed-forward, backward",
+                   activations=held + stream + 2 * inner - work.copies * down // work.tp,
+                   logits=waiting, blocks=number, part=down, rest=head_done),
+            Moment(name=f"{name} attention, backward",
+                   activations=held - block.feed_forward + stream
+                   + _attention_backward(shape, work),
+                   logits=waiting, blocks=number, part=half, rest=head_done),
         ]  # fmt: skip
     return found
 
@@ -221,16 +233,24 @@ def _attention_backward(shape: ModelShape, work: MicroBatch) -> int:
 
 
 def loss_bytes(shape: ModelShape, work: MicroBatch) -> tuple[int, int]:
-    """Count what the chunked loss takes at its worst: (in forward, in backward)."""
+    """Count what the chunked loss takes at its worst: (in forward, in backward).
+
+    Under tensor parallel it is `engines/vocabulary_parallel.py`, which widens a whole chunk at a time.
+    """
     e, tokens, vocab = work.element, work.tokens, shape.vocab_size // work.tp
     matrix, hidden = vocab * shape.d_model, e * tokens * shape.d_model
     rows = min(tokens, max(1, CHUNK_BYTES // (vocab * e)))
     part = min(rows, max(1, SLICE_BYTES // (vocab * _FP32)))
     chunk = rows * vocab * e
     fixed = hidden + _FP32 * matrix + work.head_copies * matrix
-    # Beside a chunk: its widened slices, or the next chunk, or its share of the matrix's gradient.
     following = min(rows, tokens - rows) * vocab * e
-    slices = (2 if e < _FP32 else 1) * _FP32 * part * vocab
-    forward = fixed + chunk + max(slices, following, e * matrix)
+    if work.tp > 1:
+        # Scores, their distance to the highest and its exponential; or scores, the gradient and its product.
+        wide = _FP32 * rows * vocab
+        forward = fixed + max(3 * wide + following, wide + chunk + e * matrix)
+    else:
+        # Beside a chunk: its widened slices, or the next chunk, or its share of the matrix's gradient.
+        slices = (2 if e < _FP32 else 1) * _FP32 * part * vocab
+        forward = fixed + chunk + max(slices, following, e * matrix)
     backward = 2 * hidden + 2 * _FP32 * matrix
     return forward, backward

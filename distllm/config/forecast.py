@@ -180,4 +180,12 @@ def _traced(config: Config, models: Models, work: MicroBatch, dtype: torch.dtype
     if work.checkpointing != "none":
         inputs = shape.n_layers * 4 * work.tokens * shape.d_model
         held = min(held, held // shape.n_layers + inputs)
-    return [Moment("loss, forward", held // work.tp, loss_bytes(shape, work)[0], 0.0)]
+    return [
+        Moment(
+            name="loss, forward",
+            activations=held // work.tp,
+            logits=loss_bytes(shape, work)[0],
+            blocks=shape.n_layers,
+            in_backward=False,
+        )
+    ]

@@ -52,8 +52,7 @@ class Layout:
 
     def shards(self, what: str) -> int:
         """Return over how many data-parallel processes `what` (weights, gradients, optimizer) is split."""
-        whole = what == "gradients" and self.engine == "fsdp" and self.reduces_once
-        return 1 if whole or self.zero_stage < SHARDED_FROM[what] else self.dp_shard
+        return self.dp_shard if self.zero_stage >= SHARDED_FROM[what] else 1
 
 
 def layout_of(options: Any, world_size: int) -> Layout:

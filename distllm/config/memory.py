@@ -29,8 +29,8 @@ class RankMemory:
     activations: int = 0
     logits: int = 0
     """What the loss takes: a chunk of logits and the gradients of hidden states and output matrix."""
-    held: int = 0
-    """Activations and logits together at their worst."""
+    working: int = 0
+    """Activations, logits, communication and gradients not yet cut up, together at their worst."""
     communication: int = 0
     """Gathered weights and gradients on their way."""
     peak: int = 0
@@ -60,36 +60,38 @@ def rank_memory(
         moments: worst moments of an architecture without formulas.
         trained: whether it has gradients and moments; a frozen model holds nothing between two calls.
     """
-    layers = stage_layers(shape, layout)
-    weights = _FP32 * _local(shape, layout, "weights")
-    gradients = _FP32 * _local(shape, layout, "gradients")
-    optimizer = MOMENTS * _FP32 * _local(shape, layout, "optimizer")
-    communication = _communication(shape, work, layout)
+    weights, gradients, optimizer = (
+        _FP32 * _local(shape, layout, what) for what in ("weights", "gradients", "optimizer")
+    )
+    optimizer *= MOMENTS
+    buffers = Buffers(shape, work, layout, accum)
     if not trained:
+        gathered = buffers.forward
         host = weights if layout.offload_weights else 0
-        return RankMemory(weights=weights - host, host=host, communication=communication,
-                          peak=weights - host + communication, worst="forward")  # fmt: skip
-    found = moments or formulas(replace(shape, n_layers=layers * in_flight(layout, accum)), work)
-    host = 0
-    if layout.offload_optimizer:
-        host, optimizer = optimizer, 0
+        return RankMemory(weights=weights - host, host=host, communication=gathered,
+                          peak=weights - host + gathered, worst="forward")  # fmt: skip
+    layers = stage_layers(shape, layout) * in_flight(layout, accum)
+    found = moments or formulas(replace(shape, n_layers=layers), work)
+    host = optimizer if layout.offload_optimizer else 0
     if layout.offload_weights:
-        host, weights, gradients = host + weights + gradients, 0, 0
+        host += weights + gradients
+        weights = gradients = 0
+    if layout.offload_optimizer:
+        optimizer = 0
 
-    def total(moment: Moment) -> float:
-        share = 1.0 if accum > 1 else moment.gradients
-        return moment.total + share * gradients
+    def beside(moment: Moment) -> int:
+        return buffers.gradients_at(moment, gradients) + buffers.at(moment)
 
-    worst = max(found, key=total)
+    worst = max(found, key=lambda m: m.total + beside(m))
     return RankMemory(
         weights=weights,
-        gradients=gradients,
+        gradients=gradients * buffers.copies_of_gradients,
         optimizer=optimizer,
         activations=max(m.activations for m in found),
         logits=max(m.logits for m in found),
-        held=max(m.total for m in found),
-        communication=communication,
-        peak=round(weights + optimizer + communication + total(worst)),
+        working=max(m.total + buffers.at(m) for m in found),
+        communication=max(buffers.at(m) for m in found),
+        peak=weights + optimizer + worst.total + beside(worst),
         worst=worst.name,
         host=host,
     )
@@ -106,11 +108,67 @@ def _local(shape: ModelShape, layout: Layout, what: str) -> int:
     return blocks + local_numel(shape.rest, layout, shards)
 
 
-def _communication(shape: ModelShape, work: MicroBatch, layout: Layout) -> int:
-    if layout.zero_stage < 3 or layout.dp_shard == 1:
-        return 0
-    whole = replace(layout, dp_shard=1)
-    block, rest = local_numel(shape.block, whole, 1), local_numel(shape.rest, whole, 1)
-    # The block at work and the next one; the root's weights from forward to backward; one block's gradient, as it
-    # comes and as it is summed.
-    return work.element * (2 * block + rest + block) + _FP32 * block
+class Buffers:
+    """What an engine holds beside the tensors of the model: gathered weights, gradients on their way."""
+
+    def __init__(self, shape: ModelShape, work: MicroBatch, layout: Layout, accum: int) -> None:
+        self.layout, self.accum, self.element = layout, accum, work.element
+        self.layers = stage_layers(shape, layout)
+        whole = replace(layout, dp_shard=1)
+        self.block = local_numel(shape.block, whole, 1)
+        self.rest = local_numel(shape.rest, whole, 1)
+        self.shards = layout.dp_shard if layout.zero_stage == 3 else 1
+
+    @property
+    def copies_of_gradients(self) -> int:
+        """DDP's buckets are gradients; micro-batches before the last one collect theirs beside them."""
+        return 2 if self.layout.engine == "ddp" and self.accum > 1 else 1
+
+    @property
+    def forward(self) -> int:
+        """The root's weights in fp32 from forward to backward, one block's, and what arrives for the next."""
+        if self.layout.zero_stage < 3:
+            return 0
+        return _FP32 * self.rest + 2 * self.element * self.block
+
+    def at(self, moment: Moment) -> int:
+        """Return the bytes of gathered weights and of gradients that are not summed and cut up yet."""
+        layout, e = self.layout, self.element
+        if layout.zero_stage < 3:
+            return 0
+        root = _FP32 * self.rest
+        # The next block's weights; behind the first block of the model there is none, and alone nobody sends.
+        is_last = moment.in_backward and moment.blocks <= 1
+        arriving = 0 if is_last or layout.dp_shard == 1 else e * self.block
+        if layout.reshard:
+            kept = e * self.block if moment.in_backward and moment.blocks else 0
+        else:
+            kept = e * self.block * moment.blocks
+        # The gradient of the block before is summed in fp32 behind the block at work; the root's, behind the next
+        # micro-batch's forward.
+        leaving = 0
+        if moment.in_backward and moment.blocks < self.layers:
+            leaving = _FP32 * self.block
+        elif self.accum > 1:
+            leaving = _FP32 * self.rest
+        if self.accum > 1 and layout.reduces_once:  # earlier micro-batches left whole gradients
+            leaving += _FP32 * moment.blocks * self.block
+        whole = 0
+        if moment.in_backward:  # gradients of the block at work and of the root are not cut up yet
+            whole = (e * moment.part + _FP32 * moment.rest) // layout.tp
+        return root + kept + arriving + leaving + whole
+
+    def gradients_at(self, moment: Moment, gradients: int) -> int:
+        """Return the bytes of finished gradients; `gradients` are those of all weights on this process."""
+        if self.layout.engine == "ddp":
+            return gradients * self.copies_of_gradients
+        whole, tp = self.layout.zero_stage < 3, self.layout.tp
+        if not moment.in_backward:
+            done = 0
+        else:
+            finished = (self.layers - moment.blocks) * self.block
+            done = _FP32 * finished // self.shards
+            if whole:
+                done += _FP32 * (moment.part + moment.rest) // tp
+        collected = self.accum > 1 and (whole or not self.layout.reduces_once)
+        return gradients if collected else done

@@ -1,14 +1,13 @@
 """Counts the bytes of real tensors while code runs: what is alive after each operation, and at the worst moment.
 
-Knows nothing of models or formulas: it sees storages come out of operations and go, and asks each for its present size
-(sharded engines shrink a storage to nothing while its owner lives on). What a kernel takes and gives back inside itself
-is not seen.
+Knows nothing of models or formulas: it sees storages come out of operations and go, and asks for their sizes. What a
+kernel takes and gives back inside itself is not seen.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.utils._pytree import tree_iter
 from distllm.types import Batch, sum_by_key
 
 Owners = Callable[[], Mapping[str, Iterable[Tensor]]]
-"""Returns class -> the tensors that belong to it now, such as `weights` -> the parameters."""
+"""Returns class -> the tensors that belong to it now, such as `gradients` -> those of the parameters."""
 
 
 class StorageTracker(TorchDispatchMode):
@@ -28,91 +27,110 @@ class StorageTracker(TorchDispatchMode):
     A storage belongs to the first class that holds it; what no class holds is an activation or a temporary.
     """
 
-    def __init__(self, owners: Owners) -> None:
+    def __init__(self, lasting: Owners, passing: Owners) -> None:
+        """Begin with what exists.
+
+        Args:
+            lasting: classes that stay the same from one `start` to the next, such as weights.
+            passing: classes that change at any operation. Their tensors may shrink to nothing and grow again, as a
+                sharded engine's gathered weights do.
+        """
         super().__init__()
         self.peaks: dict[str, int] = {}
-        """Class -> most bytes, each class at its own worst moment; with `activations` and `total`."""
-        self.at_peak: dict[str, int] = {}
-        """Class -> bytes at the worst moment of `total`."""
-        self._owners = owners
-        self._live: dict[int, weakref.ref[Any]] = {}
-        for group in owners().values():
+        """Class -> most bytes, each class at its own worst moment; with `activations` (what has no owner), `working`
+        (those and `communication` together) and `total`."""
+        self._lasting, self._passing = lasting, passing
+        self._live: dict[int, tuple[weakref.ref[Any], int]] = {}
+        self._class_of: dict[int, str] = {}
+        self._is_counting = False
+        for group in (*lasting().values(), *passing().values()):
             self._watch(group)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if self._watch(tree_iter(out)):
+        if self._watch(tree_iter(out)) and self._is_counting:
             self._measure()
         return out
+
+    def start(self) -> None:
+        """Begin to count. Call it between two steps: what has no owner then is a buffer for gradients."""
+        self._is_counting = True
+        self._class_of = dict.fromkeys(self._live, "gradients")
+        for name, group in self._lasting().items():
+            self._class_of |= dict.fromkeys(_storages(group), name)
 
     def _watch(self, tensors: Iterable[Any]) -> bool:
         """Take note of the storages of `tensors`; return whether one is new: only then there can be a new peak."""
         before = len(self._live)
-        for tensor in tensors:
-            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
-                for part in plain_tensors(tensor):
-                    storage = part.untyped_storage()
-                    if id(storage) not in self._live:
-                        self._live[id(storage)] = weakref.ref(storage, self._gone(storage))
+        for key, storage in _storages(t for t in tensors if isinstance(t, Tensor)).items():
+            if key not in self._live:
+                self._live[key] = weakref.ref(storage, self._gone(key)), storage.nbytes()
         return len(self._live) > before
 
-    def _gone(self, storage: Any) -> Callable[[Any], None]:
-        key = id(storage)
-        return lambda _: self._live.pop(key, None)
+    def _gone(self, key: int) -> Callable[[Any], None]:
+        def forget(_: Any) -> None:
+            self._live.pop(key, None)
+            self._class_of.pop(key, None)
+
+        return forget
 
     def _measure(self) -> None:
-        sizes = {k: s.nbytes() for k, ref in self._live.items() if (s := ref()) is not None}
-        classes = {}
-        for name, group in self._owners().items():
-            keys = {id(p.untyped_storage()) for t in group for p in plain_tensors(t)}
-            classes[name] = sum(sizes.pop(k, 0) for k in keys)
-        classes["activations"] = sum(sizes.values())
-        classes["total"] = sum(classes.values())
-        if classes["total"] > self.peaks.get("total", -1):
-            self.at_peak = classes
-        for name, size in classes.items():
+        sizes = {key: size for key, (_, size) in list(self._live.items())}
+        classes: dict[str, int] = {}
+        for name, group in self._passing().items():
+            for key, storage in _storages(group).items():
+                if sizes.pop(key, None) is not None:
+                    classes[name] = classes.get(name, 0) + storage.nbytes()
+        for key, size in sizes.items():
+            name = self._class_of.get(key, "activations")
+            classes[name] = classes.get(name, 0) + size
+        total = sum(classes.values())
+        working = classes.get("activations", 0) + classes.get("communication", 0)
+        for name, size in (*classes.items(), ("total", total), ("working", working)):
             self.peaks[name] = max(size, self.peaks.get(name, 0))
 
 
-def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield the tensors with memory of their own that `tensor` consists of: itself, or a sharded tensor's local part."""
-    local = getattr(tensor, "_local_tensor", None)
-    yield tensor if local is None else local
+def _storages(tensors: Iterable[Tensor]) -> dict[int, Any]:
+    """Return id -> storage behind each tensor; a sharded tensor has the storage of its local part."""
+    parts = (getattr(t, "_local_tensor", t) for t in tensors if t.device.type != "meta")
+    return {id(s): s for s in (p.untyped_storage() for p in parts)}
 
 
-def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Sum the sizes of all storages behind `tensors`, each once."""
-    storages = {id(s): s for t in tensors for p in plain_tensors(t) if (s := p.untyped_storage())}
-    return sum(s.nbytes() for s in storages.values())
-
-
-def measure_steps(
-    engine: Any, objective: Any, micro_batches: Sequence[Batch], steps: int = 2
-) -> StorageTracker:
-    """Train `steps` steps on the same micro-batches and count the bytes; the moments exist from the second step on."""
+def measure_steps(engine: Any, objective: Any, micro_batches: Sequence[Batch]) -> StorageTracker:
+    """Train three steps on the same micro-batches; count the last: moments exist, DDP has settled on its buckets."""
     parameters = list(engine.model.parameters())
+    wrapped = _fsdp_parameters(getattr(engine, "caller", engine.model))
 
-    def owners() -> dict[str, Iterable[Tensor]]:
+    def lasting() -> dict[str, Iterable[Tensor]]:
         state = engine.optimizer.state if engine.optimizer is not None else {}
-        tensors = (t for b in micro_batches for t in _values(b) if isinstance(t, Tensor))
+        values = (getattr(b, f.name) for b in micro_batches for f in fields(b))
         return {
             "weights": [*parameters, *engine.model.buffers()],
-            "gradients": [p.grad for p in parameters if p.grad is not None],
             "optimizer": [t for s in state.values() for t in s.values() if isinstance(t, Tensor)],
-            "inputs": tensors,
+            "inputs": [v for v in values if isinstance(v, Tensor)],
+        }
+
+    def passing() -> dict[str, Iterable[Tensor]]:
+        return {
+            "gradients": [p.grad for p in parameters if p.grad is not None],
+            "communication": [t for p in wrapped for t in p.all_gather_outputs],
         }
 
     totals = engine.all_sum(sum_by_key(objective.weights(b) for b in micro_batches))
-    tracker = StorageTracker(owners)
+    tracker = StorageTracker(lasting, passing)
     with tracker:
-        for _ in range(steps):
+        for step in range(3):
+            if step == 2:
+                tracker.start()
             engine.forward_backward(objective, micro_batches, totals)
             engine.update(1e-3)
     return tracker
 
 
-def _values(batch: Batch) -> list[Any]:
-    """List the fields of a batch."""
-    return [getattr(batch, f.name) for f in fields(batch)]
+def _fsdp_parameters(model: Any) -> list[Any]:
+    """List what FSDP2 keeps per parameter, its gathered form among it."""
+    states = (getattr(m, "_get_fsdp_state", None) for m in model.modules())
+    groups = (state()._fsdp_param_group for state in states if state)
+    return [parameter for group in groups if group for parameter in group.fsdp_params]

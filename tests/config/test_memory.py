@@ -1,26 +1,23 @@
 """The memory formulas against real storages, counted while real training steps run."""
 
+from dataclasses import asdict
+
 import pytest
-import torch
 from patched import with_bug
 
-from distllm.arch.decoder import Decoder, DecoderOptions
+from distllm.arch.decoder import DecoderOptions
 from distllm.config import activations
 from distllm.config.activations import MicroBatch
-from distllm.config.layout import Layout
+from distllm.config.layout import Layout, layout_of
 from distllm.config.memory import RankMemory, rank_memory
 from distllm.config.shapes import has_formula, shape_of_model
-from distllm.engines.base import build_engine
-from distllm.engines.options import EngineOptions, HardwareOptions
 from distllm.layers import attention, blocked_attention, cross_entropy
-from distllm.objectives.clm import CLM
-from distllm.objectives.options import PretrainOptions
-from distllm.optim.options import AdamWOptions
-from distllm.testing.storages import measure_steps
-from distllm.types import Batch
+from distllm.testing.gloo import run_on
+from distllm.testing.measured_memory import Case, track
 
 DEFAULT = {"n_layers": 2}
 WIDE_HEAD = {"vocab_size": 8192, "n_layers": 2, "tie_embeddings": False}
+DEEP = {"vocab_size": 2048, "n_layers": 3}
 NARROW_HEAD = {"vocab_size": 512, "n_layers": 3}
 ATTENTION = {
     "n_layers": 2,
@@ -33,82 +30,130 @@ ATTENTION = {
 GPT = {"n_layers": 2, "gated": False, "activation": "gelu", "norm": "layer", "position": "learned",
        "n_kv_heads": 4, "qkv_bias": True, "out_bias": True, "ff_bias": True}  # fmt: skip
 CASES = {
-    # name: (shape, sequences, tokens, precision, checkpointing, micro-batches)
-    "fp32": (DEFAULT, 4, 128, "fp32", "none", 1),
-    "bf16": (DEFAULT, 4, 128, "bf16", "none", 1),
-    "bf16, recomputed": (NARROW_HEAD, 4, 128, "bf16", "full", 1),
-    "fp32, recomputed": (NARROW_HEAD, 4, 128, "fp32", "full", 1),
-    "larger batch": (NARROW_HEAD, 8, 128, "fp32", "none", 1),
-    "large vocabulary, untied": (WIDE_HEAD, 3, 128, "fp32", "none", 1),
-    "large vocabulary, untied, accumulated": (WIDE_HEAD, 3, 128, "bf16", "full", 2),
-    "accumulated": (DEFAULT, 4, 128, "fp32", "none", 2),
-    "long rows": (ATTENTION, 2, 512, "fp32", "none", 1),
-    "long rows, bf16": (ATTENTION, 2, 512, "bf16", "none", 1),
-    "beyond kept probabilities": ({**ATTENTION, "max_seq_len": 1100}, 1, 1100, "bf16", "none", 1),
-    "dropout": ({**DEFAULT, "dropout": 0.1}, 4, 128, "bf16", "none", 1),
-    "GPT-2": (GPT, 4, 128, "bf16", "none", 1),
-    "relu": ({**DEFAULT, "gated": False, "activation": "relu"}, 4, 128, "fp32", "none", 1),
-    "four norms": ({**DEFAULT, "norm_placement": "sandwich"}, 4, 128, "bf16", "none", 1),
-    "normalised heads": ({**DEFAULT, "qk_norm": "head"}, 4, 128, "bf16", "none", 1),
+    "fp32": Case(shape=DEFAULT),
+    "bf16": Case(shape=DEFAULT, precision="bf16"),
+    "bf16, recomputed": Case(shape=NARROW_HEAD, precision="bf16", checkpointing="full"),
+    "fp32, recomputed": Case(shape=NARROW_HEAD, checkpointing="full"),
+    "larger batch": Case(shape=NARROW_HEAD, batch=8),
+    "large vocabulary, untied": Case(shape=WIDE_HEAD, batch=3),
+    "large vocabulary, untied, accumulated": Case(
+        shape=WIDE_HEAD, batch=3, precision="bf16", checkpointing="full", accum=2
+    ),
+    "accumulated": Case(shape=DEFAULT, accum=2),
+    "long rows": Case(shape=ATTENTION, batch=2, seq=512),
+    "long rows, bf16": Case(shape=ATTENTION, batch=2, seq=512, precision="bf16"),
+    "beyond kept probabilities": Case(
+        shape={**ATTENTION, "max_seq_len": 1100}, batch=1, seq=1100, precision="bf16"
+    ),
+    "dropout": Case(shape={**DEFAULT, "dropout": 0.1}, precision="bf16"),
+    "GPT-2": Case(shape=GPT, precision="bf16"),
+    "relu": Case(shape={**DEFAULT, "gated": False, "activation": "relu"}),
+    "four norms": Case(shape={**DEFAULT, "norm_placement": "sandwich"}, precision="bf16"),
+    "normalised heads": Case(shape={**DEFAULT, "qk_norm": "head"}, precision="bf16"),
+}
+QUICK = ("bf16", "bf16, recomputed", "large vocabulary, untied, accumulated", "long rows, bf16",
+         "dropout", "GPT-2", "fp32, recomputed")  # fmt: skip
+ON_TWO = {
+    "ddp": Case(shape=DEFAULT, engine="ddp", world_size=2),
+    "ddp, accumulated": Case(shape=DEFAULT, engine="ddp", world_size=2, precision="bf16", accum=2),
+    "fsdp": Case(shape=DEEP, engine="fsdp", world_size=2),
+    "fsdp, accumulated": Case(shape=DEEP, engine="fsdp", world_size=2, precision="bf16", accum=2),
+    "fsdp, recomputed": Case(
+        shape=DEEP, engine="fsdp", world_size=2, precision="bf16", checkpointing="full"
+    ),
+    "tensor parallel, recomputed": Case(
+        shape=DEEP, engine="fsdp", world_size=2, checkpointing="full", mesh={"tp_size": 2}
+    ),
+}
+MORE_ON_TWO = {
+    "fsdp, kept": Case(
+        shape=DEEP,
+        engine="fsdp",
+        world_size=2,
+        precision="bf16",
+        settings={"reshard_after_forward": False},
+    ),
+    "fsdp, summed once": Case(
+        shape=DEEP, engine="fsdp", world_size=2, accum=2, settings={"no_sync": True}
+    ),
+    "tensor parallel": Case(
+        shape=DEFAULT, engine="fsdp", world_size=2, precision="bf16", mesh={"tp_size": 2}
+    ),
+}
+ON_FOUR = {
+    "fsdp x4": Case(shape=DEEP, engine="fsdp", world_size=4, precision="bf16"),
+    "hsdp": Case(
+        shape=DEEP, engine="fsdp", world_size=4, checkpointing="full", mesh={"dp_replicate": 2}
+    ),
+    "dp 2 x tp 2": Case(shape=DEFAULT, engine="fsdp", world_size=4, accum=2, mesh={"tp_size": 2}),
 }
 
 
 def predicted(case, module=activations) -> RankMemory:
-    shape, batch, seq, precision, checkpointing, accum = case
-    options = DecoderOptions(**shape)
+    options = DecoderOptions(**case.shape)
     assert has_formula(options)
-    work = MicroBatch(batch=batch, seq=seq, element=2 if precision == "bf16" else 4,
-                      checkpointing=checkpointing)  # fmt: skip
-    model = shape_of_model(options)
-    return rank_memory(model, work, Layout(), accum, moments=module.moments(model, work))
-
-
-def measured(case) -> dict[str, int]:
-    shape, batch, seq, precision, checkpointing, accum = case
-    options = DecoderOptions(**shape)
-    engine = build_engine(
-        "model",
-        Decoder(options),
-        options=EngineOptions(activation_checkpointing=checkpointing),
-        hardware=HardwareOptions(device="cpu", threads=1),
-        precision=precision,
-        optim=AdamWOptions(),
+    layout = layout_of(case.options(), case.world_size)
+    work = MicroBatch(
+        batch=case.batch,
+        seq=case.seq,
+        element=2 if case.precision == "bf16" else 4,
+        checkpointing=case.checkpointing,
+        casts_blocks=case.engine != "fsdp",
+        tp=layout.tp,
     )
-    ids = torch.arange(batch * seq).view(batch, seq) % options.vocab_size
-    batches = [
-        Batch(input_ids=ids.clone(), labels=ids.clone(), segment_ids=torch.ones_like(ids))
-        for _ in range(accum)
-    ]
-    return measure_steps(engine, CLM(PretrainOptions(), pad_id=0), batches).peaks
+    model = shape_of_model(options)
+    return rank_memory(model, work, layout, case.accum, moments=module.moments(model, work))
 
 
 def compare(memory: RankMemory, peaks: dict[str, int], tolerance: float) -> None:
-    assert memory.weights == pytest.approx(peaks["weights"], rel=1e-6)
-    assert memory.gradients == pytest.approx(peaks["gradients"], rel=1e-6)
-    assert memory.optimizer == pytest.approx(peaks["optimizer"], rel=1e-4)  # 4 bytes of `step` each
-    assert memory.held == pytest.approx(peaks["activations"], rel=tolerance)
+    assert memory.weights == pytest.approx(peaks["weights"], rel=1e-3)
+    assert memory.gradients == pytest.approx(peaks["gradients"], rel=1e-3)
+    assert memory.optimizer == pytest.approx(peaks["optimizer"], rel=1e-3)
+    assert memory.working == pytest.approx(peaks["working"], rel=tolerance)
     assert memory.peak == pytest.approx(peaks["total"] - peaks["inputs"], rel=tolerance)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
+)
 def test_every_class_of_bytes_is_predicted(name):
     """The formulas claim 5 %; they hold to 1 %, and a looser bound would hide a forgotten tensor."""
-    compare(predicted(CASES[name]), measured(CASES[name]), tolerance=0.01)
+    compare(predicted(CASES[name]), track(CASES[name]).peaks, tolerance=0.01)
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [
+        ON_TWO,
+        pytest.param(MORE_ON_TWO, marks=pytest.mark.slow),
+        pytest.param(ON_FOUR, marks=pytest.mark.slow),
+    ],
+    ids=["two", "two, rarer settings", "four"],
+)
+def test_every_class_of_bytes_is_predicted_on_every_process(cases):
+    count = next(iter(cases.values())).world_size
+    arguments = {"cases": [asdict(case) for case in cases.values()]}
+    ranks = run_on(count, "distllm.testing.measured_memory:peaks_on_ranks", arguments)
+    for name, *peaks in zip(cases, *ranks, strict=True):
+        for own in peaks:
+            try:
+                compare(predicted(cases[name]), own, tolerance=0.02)
+            except AssertionError as error:
+                raise AssertionError(f"{name}, rank {own['rank']}: {error}") from None
 
 
 @pytest.mark.parametrize(
     ("term", "without"),
     [
         ("held += e * tokens * q\n", "held += 0 * q\n"),
-        ("_FP32 * tokens * (d + 1)", "e_ * tokens * (d + 1)"),
+        ("held = _FP32 * tokens * (d + 1)\n", "held = 2 * tokens * (d + 1)\n"),
         ("fixed = hidden + _FP32 * matrix", "fixed = hidden + 2 * matrix"),
-        ("parts = 4 if shape.gated", "parts = 3 if shape.gated"),
     ],
 )
 def test_a_forgotten_term_is_noticed(term, without):
-    broken = with_bug(activations, term, without.replace("e_", "2"))
+    broken = with_bug(activations, term, without)
     with pytest.raises(AssertionError):
-        compare(predicted(CASES["fp32"], broken), measured(CASES["fp32"]), tolerance=0.01)
+        compare(predicted(CASES["fp32"], broken), track(CASES["fp32"]).peaks, tolerance=0.01)
 
 
 def test_a_tensor_more_in_the_code_is_noticed(monkeypatch):
@@ -119,7 +164,7 @@ def test_a_tensor_more_in_the_code_is_noticed(monkeypatch):
     )
     monkeypatch.setattr(attention, "blocked_attention", broken.blocked_attention)
     with pytest.raises(AssertionError):
-        compare(predicted(CASES["fp32"]), measured(CASES["fp32"]), tolerance=0.01)
+        compare(predicted(CASES["fp32"]), track(CASES["fp32"]).peaks, tolerance=0.01)
 
 
 def test_the_sizes_of_chunks_are_those_of_the_code():

@@ -236,6 +236,8 @@ def _feed_columns(
         known.clear()
 
     parent.register_forward_pre_hook(gather)
-    parent.register_forward_hook(forget)
+    # Also when recomputation breaks off a forward as soon as it has what it needs: a tensor kept here would keep the whole
+    # recomputed block alive.
+    parent.register_forward_hook(forget, always_call=True)
     for column in columns:
         column.register_forward_pre_hook(take)

@@ -1,0 +1,82 @@
+"""Peak bytes of real training steps, by engine and on any number of gloo processes. Knows no formula."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from distllm import registry
+from distllm.arch.decoder import Decoder, DecoderOptions
+from distllm.engines.base import build_engine
+from distllm.engines.mesh import MeshOptions
+from distllm.engines.options import HardwareOptions
+from distllm.engines.processes import processes, rank
+from distllm.objectives.clm import CLM
+from distllm.objectives.options import PretrainOptions
+from distllm.optim.options import AdamWOptions
+from distllm.testing.storages import StorageTracker, measure_steps
+from distllm.types import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One configuration to measure; plain values, so that it travels as JSON."""
+
+    shape: dict[str, Any]
+    """Fields of DecoderOptions."""
+    batch: int = 4
+    """Sequences per micro-batch and process."""
+    seq: int = 128
+    precision: str = "fp32"
+    checkpointing: str = "none"
+    accum: int = 1
+    """Micro-batches per step."""
+    engine: str = "single"
+    world_size: int = 1
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Further fields of the engine's options."""
+    mesh: dict[str, int] = field(default_factory=dict)
+    """Fields of MeshOptions."""
+
+    def options(self) -> Any:
+        """Return the engine's options."""
+        more = dict(self.settings)
+        if self.mesh:
+            more["mesh"] = MeshOptions(**self.mesh)
+        return registry.get("engine", self.engine).Options(
+            activation_checkpointing=self.checkpointing, **more
+        )
+
+
+def track(case: Case) -> StorageTracker:
+    """Train two steps of `case` in this process, which is a member of the group already, and count."""
+    options = DecoderOptions(**case.shape)
+    engine = build_engine(
+        "model",
+        Decoder(options),
+        options=case.options(),
+        hardware=HardwareOptions(device="cpu", threads=1),
+        precision=case.precision,
+        optim=AdamWOptions(),
+    )
+    ids = torch.arange(case.batch * case.seq).view(case.batch, case.seq) % options.vocab_size
+    batches = [
+        Batch(input_ids=ids.clone(), labels=ids.clone(), segment_ids=torch.ones_like(ids))
+        for _ in range(case.accum)
+    ]
+    tracker = measure_steps(engine, CLM(PretrainOptions(), pad_id=0), batches)
+    engine.close()
+    return tracker
+
+
+def peaks_on_ranks(cases: list[dict[str, Any]]) -> list[dict[str, int]]:
+    """Measure `cases` one after the other; `distllm.testing.gloo.run_on` calls this on each rank."""
+    found = []
+    first = Case(**cases[0])
+    with processes(first.options(), torch.device("cpu")):
+        for fields in cases:
+            tracker = track(Case(**fields))
+            found.append(tracker.peaks | {"rank": rank()})
+    return found
