@@ -36,7 +36,7 @@ setup(
         "matplotlib>=3.9",
     ],
     extras_require={
-        "deepspeed": ["deepspeed>=0.18"],
+        "deepspeed": ["deepspeed>=0.19"],
         "flash": ["flash-attn>=2.7"],
         "wandb": ["wandb>=0.20"],
         "tensorboard": ["tensorboard>=2.18"],
@@ -52,6 +52,7 @@ setup(
             "wandb>=0.20",
             "tensorboard>=2.18",
             "math-verify>=0.9",
+            "deepspeed>=0.19",
         ],
     },
     entry_points={"console_scripts": ["distllm = distllm.cli.main:main"]},

@@ -155,7 +155,7 @@ class LossOutput:
     """Name -> (sum, weight), both detached scalars; reported as sum / weight over the whole step."""
 
 
-@dataclass(slots=True)
+@dataclass  # without slots: DeepSpeed looks for tensors in what a module returns, by way of vars()
 class ModelOutput:
     """What a model returns. Fields that do not apply are None."""
 

@@ -87,6 +87,8 @@ LIBRARIES = {
     "wandb": "wandb",
     "tensorboard": "tensorboard",
     "math_verify": "math-verify",
+    "accelerate": "accelerate",
+    "deepspeed": "deepspeed",
 }
 """Everything outside the standard library that distllm imports -> its name in setup.py."""
 

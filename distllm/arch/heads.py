@@ -52,7 +52,8 @@ class LMHead(nn.Module):
     def fix_bias(self) -> None:
         """Make the bias a number that is kept but not learned, 0 at the start, as BART's and Marian's is."""
         del self.bias
-        self.register_buffer("bias", self.projection.new_zeros(len(self.projection)))
+        zeros = self.projection.new_zeros(len(self.projection), device="cpu")
+        self.register_buffer("bias", zeros)
 
     @property
     def projection(self) -> Tensor:

@@ -34,6 +34,7 @@ from distllm.config.rules import (
 from distllm.config.schema import Config, leaves, options_of, supervised_stages
 from distllm.engines.hardware import PRECISIONS, resolve_device, resolve_precision
 from distllm.engines.mesh import dp_size
+from distllm.engines.options import BatchSizes
 from distllm.errors import UserError
 from distllm.objectives.options import PRETRAINING
 
@@ -73,6 +74,11 @@ def data_parallel_size(config: Config) -> int:
     return dp_size(config.engine)
 
 
+def batch_sizes(config: Config) -> BatchSizes:
+    """Return how many sequences a step takes, for the engine."""
+    return BatchSizes(config.train.global_batch_size, config.train.micro_batch_size)
+
+
 _RULES: dict[Rule, str] = {
     AT_LEAST_1: """
         hardware.num_gpus hardware.gpus_per_node
@@ -105,6 +111,7 @@ _RULES: dict[Rule, str] = {
         stage.fim_rate stage.fim_spm_rate schedule.min_lr_ratio""",
     one_of(*PRECISIONS): "train.precision",
     one_of("auto", "cpu", "cuda"): "hardware.device",
+    Rule(lambda v: v in (0, 1, 2, 3), "must be 0, 1, 2 or 3"): "engine.zero_stage",
     one_of("none", "full"): "engine.activation_checkpointing",
     one_of("last", "likelihood"): "stage.head",
     one_of("auto", *PRETRAINING): "stage.objective",
@@ -251,6 +258,13 @@ def machine_problems(config: Config) -> list[str]:
             )
     except UserError as error:
         problems.append(str(error))
+    problems += registry.get("engine", config.engine.name).problems(
+        config.engine,
+        hardware=config.hardware,
+        precision=config.train.precision,
+        optim=config.optim,
+        batch=batch_sizes(config),
+    )
     if config.tracking.name in ("wandb", "tensorboard") and not _installed(config.tracking.name):
         problems.append(
             f"tracking={config.tracking.name} needs the package {config.tracking.name}, which is not installed. "

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from distllm import registry
-from distllm.engines import collectives
-from distllm.engines.options import EngineOptions, HardwareOptions
+from distllm.engines import collectives, processes
+from distllm.engines.options import BatchSizes, EngineOptions, HardwareOptions
 from distllm.types import Batch, LossOutput, Objective, Ranks
 
 
@@ -36,6 +36,24 @@ class Engine(ABC):
     """Whether the library wants a process group even for one process."""
     builds_on_meta = False
     """Whether the model may come without memory, with `model.initial_weights`: parameter or buffer name -> full value."""
+
+    @classmethod
+    def problems(
+        cls,
+        options: Any,
+        *,
+        hardware: HardwareOptions,
+        precision: str,
+        optim: Any,
+        batch: BatchSizes,
+    ) -> list[str]:
+        """Say what keeps this engine from running as asked on this machine; called before anything is built."""
+        return []
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of weights of the whole model."""
+        return sum(p.numel() for p in self.model.parameters())
 
     @abstractmethod
     def forward_backward(
@@ -129,7 +147,16 @@ def build_engine(
     hardware: HardwareOptions,
     precision: str,
     optim: Any = None,
+    batch: BatchSizes | None = None,
 ) -> Engine:
     """Put `model` under the engine that `options.name` names; without `optim` it is frozen."""
     engine = registry.get("engine", options.name)
-    return engine(role, model, options=options, hardware=hardware, precision=precision, optim=optim)
+    return engine(
+        role,
+        model,
+        options=options,
+        hardware=hardware,
+        precision=precision,
+        optim=optim,
+        batch=batch or BatchSizes(processes.world_size()),
+    )

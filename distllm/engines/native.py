@@ -17,7 +17,7 @@ from distllm.engines.base import Engine
 from distllm.engines.hardware import resolve_device, resolve_precision
 from distllm.engines.memory import prepare_blocks
 from distllm.engines.mesh import ranks_of
-from distllm.engines.options import EngineOptions, HardwareOptions
+from distllm.engines.options import BatchSizes, EngineOptions, HardwareOptions
 from distllm.types import Batch, LossOutput, Objective, sum_by_key
 
 
@@ -28,13 +28,16 @@ class Caller(nn.Module):
     around which a sharded engine gathers the weights.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self, model: nn.Module, precision: Callable[[], AbstractContextManager[Any]] = nullcontext
+    ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.precision = model, precision
 
     def forward(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Return `function(model, *args)`."""
-        return function(self.model, *args)
+        """Return `function(model, *args)`, computed in the engine's precision."""
+        with self.precision():
+            return function(self.model, *args)
 
 
 def losses_of(model: Any, objective: Objective, batch: Batch) -> tuple[dict[str, Tensor], Any]:
@@ -58,19 +61,18 @@ class NativeEngine(Engine):
         options: EngineOptions,
         hardware: HardwareOptions,
         precision: str,
+        batch: BatchSizes,
         optim: Any = None,
     ) -> None:
         self.role, self.options = role, options
         self.ranks = ranks_of(options)
         self.device = resolve_device(hardware.device, self.ranks.local_rank)
         self.dtype = resolve_precision(precision, self.device)
-        self.optim = optim
+        self.optim, self.batch = optim, batch
         model.requires_grad_(optim is not None)
         self.model = self._place(model)
-        self.caller: nn.Module = self._wrap(Caller(self.model))
-        self.optimizer: torch.optim.Optimizer | None = None
-        if optim is not None:
-            self.optimizer = registry.get("optim", optim.name).build(self.model, optim)
+        self.caller: nn.Module = self._wrap(Caller(self.model, self._autocast))
+        self.optimizer: Any = None if optim is None else self._make_optimizer()
 
     def _place(self, model: nn.Module) -> nn.Module:
         """Put the model on the device and prepare its blocks."""
@@ -81,9 +83,15 @@ class NativeEngine(Engine):
     def _wrap(self, caller: Caller) -> nn.Module:
         return caller
 
+    def _make_optimizer(self) -> Any:
+        return registry.get("optim", self.optim.name).build(self.model, self.optim)
+
     def _micro_step(self, is_last: bool) -> AbstractContextManager[Any]:
         """Surround one forward and backward; gradients need to be brought together in the last one alone."""
         return nullcontext()
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
 
     def _grad_norm(self, limit: float) -> Tensor:
         """Scale the gradient down to the norm `limit`; return its global norm before."""
@@ -102,9 +110,8 @@ class NativeEngine(Engine):
         parts = []
         for index, batch in enumerate(micro_batches):
             with self._micro_step(is_last=index == len(micro_batches) - 1):
-                with self._autocast():
-                    losses, metrics = self.caller(losses_of, objective, batch.to(self.device))
-                torch.stack([scale[k] * loss for k, loss in losses.items()]).sum().backward()
+                losses, metrics = self.caller(losses_of, objective, batch.to(self.device))
+                self._backward(torch.stack([scale[k] * x for k, x in losses.items()]).sum())
             parts.append(LossOutput({k: v.detach() for k, v in losses.items()}, metrics))
         losses = sum_by_key(p.losses for p in parts)
         sums = sum_by_key({k: v[0] for k, v in p.metrics.items()} for p in parts)

@@ -22,6 +22,16 @@ class EngineOptions:
     """The same while sampling, scoring, evaluating, saving and exporting, where one process may have more to do."""
 
 
+@dataclass(frozen=True, slots=True)
+class BatchSizes:
+    """Sequences in one optimizer step, for libraries that want to know; ours count for themselves."""
+
+    per_step: int = 1
+    """Over all processes (`train.global_batch_size`)."""
+    per_micro_step: int = 1
+    """Of one process in one forward and backward (`train.micro_batch_size`)."""
+
+
 @dataclass(kw_only=True, slots=True)
 class HardwareOptions:
     """What the machine offers to a process."""

@@ -5,7 +5,7 @@ So the weights do not depend on the order of construction, on other parameters, 
 
 import fnmatch
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +31,21 @@ def initial_value(rules: InitRules, name: str, shape: torch.Size, seed: int) -> 
     raise ValueError(f"parameter {name} matches no initialisation rule: {', '.join(rules)}")
 
 
-def initial_weight(model: nn.Module, name: str, *, seed: int) -> Tensor:
-    """Draw the whole initial value of one parameter of `model`, which may hold no memory or a part of it."""
+def initial_weights(model: nn.Module, seed: int) -> Callable[[str], Tensor]:
+    """Return a function: name of a parameter or buffer of `model` -> its whole initial value.
+
+    It holds whatever becomes of the model, which may have no memory for its parameters now and a part of them later.
+    """
     rules: InitRules = model.init_rules()  # type: ignore[operator]
-    return initial_value(rules, name, model.get_parameter(name).shape, seed)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+    def value(name: str) -> Tensor:
+        if name in buffers:
+            return buffers[name]
+        return initial_value(rules, name, shapes[name], seed)
+
+    return value
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 
 from distllm import registry
 from distllm.arch.io import load_model, open_model, read_options
+from distllm.config.checks import batch_sizes
 from distllm.config.schema import Config
 from distllm.data.chat import end_ids
 from distllm.data.source import Source as DataSource
@@ -33,7 +33,7 @@ from distllm.data.tokenizer import (
 from distllm.engines.base import Engine, build_engine
 from distllm.engines.collectives import on_main, together
 from distllm.errors import ConfigError
-from distllm.layers.init import initial_weight
+from distllm.layers.init import initial_weights
 from distllm.tracking.base import Tracker
 from distllm.train.loop import Source
 
@@ -107,7 +107,7 @@ class Builder:
             with torch.device("meta") if self._builds_on_meta else nullcontext():
                 model = arch(config.arch, head=head, seed=config.run.seed)
             if self._builds_on_meta:
-                model.initial_weights = partial(initial_weight, model, seed=config.run.seed)
+                model.initial_weights = initial_weights(model, config.run.seed)
         self.check_fits(model)
         for block in model.blocks():
             if isinstance(getattr(block, "dropout", None), float):
@@ -155,6 +155,7 @@ class Builder:
             hardware=self.config.hardware,
             precision=self.config.train.precision,
             optim=optim,
+            batch=batch_sizes(self.config),
         )
 
     def schedule(self) -> Any:

@@ -173,7 +173,7 @@ def _train(
         "steps": loop.step,
         "metrics": metrics,
         "wall_s": notes["train_s"],
-        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "num_parameters": main.num_parameters,
         **parts.facts,
     }
     with phase("export"):

@@ -23,6 +23,9 @@ from distllm.rl import loop as rl_loop
 from distllm.rl.objective import PolicyObjective
 from distllm.testing.stages import SKILLS, run_tiny
 
+# At the usual sizes DeepSpeed would cut no weight of these models.
+SMALL_PARTS = [f"engine.config='{Path(__file__).with_name('small_parts.json')}'"]
+
 CELLS: dict[str, tuple[int, list[str]]] = {
     "ddp x2": (2, ["engine=ddp"]),
     "fsdp x2": (2, ["engine=fsdp"]),
@@ -37,6 +40,20 @@ CELLS: dict[str, tuple[int, list[str]]] = {
     ),
     "ddp x2, checkpointed": (2, ["engine=ddp", "engine.activation_checkpointing=full"]),
     "fsdp x2, checkpointed": (2, ["engine=fsdp", "engine.activation_checkpointing=full"]),
+    "zero 0 x2": (2, ["engine=deepspeed", "engine.zero_stage=0"]),
+    "zero 1 x2": (2, ["engine=deepspeed", "engine.zero_stage=1", *SMALL_PARTS]),
+    "zero 2 x2": (2, ["engine=deepspeed", "engine.zero_stage=2", *SMALL_PARTS]),
+    "zero 3 x2": (2, ["engine=deepspeed", "engine.zero_stage=3", *SMALL_PARTS]),
+    "zero 3 x2, offload": (
+        2,
+        [
+            "engine=deepspeed",
+            "engine.zero_stage=3",
+            "engine.offload_optimizer=true",
+            "engine.offload_param=true",
+            *SMALL_PARTS,
+        ],
+    ),
 }
 """Name -> (number of processes, settings)."""
 
