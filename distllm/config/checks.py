@@ -155,11 +155,17 @@ def _batch_problems(config: Config, dp_size: int) -> list[str]:
     unit = train.micro_batch_size * dp_size
     if train.global_batch_size % unit == 0:
         return []
-    return [
+    message = (
         f"train.global_batch_size={train.global_batch_size} is not a multiple of micro_batch_size "
         f"({train.micro_batch_size}) x dp_size ({dp_size}) = {unit}. "
         f"Set {multiples(train.global_batch_size, unit)}."
-    ]
+    )
+    whole, rest = divmod(train.global_batch_size, train.micro_batch_size)
+    if dp_size > 1 and not rest:
+        sizes = [str(n) for n in range(1, whole + 1) if whole % n == 0]
+        listed = f"{', '.join(sizes[:-1])} or {sizes[-1]}" if len(sizes) > 1 else sizes[0]
+        message += f" The batch as it is can be divided among {listed} processes."
+    return [message]
 
 
 def _arch_problems(config: Config) -> list[str]:
