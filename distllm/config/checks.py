@@ -33,6 +33,7 @@ from distllm.config.rules import (
 )
 from distllm.config.schema import Config, leaves, options_of, supervised_stages
 from distllm.engines.hardware import PRECISIONS, resolve_device, resolve_precision
+from distllm.engines.memory import CHECKPOINTING
 from distllm.engines.mesh import dp_size
 from distllm.engines.options import BatchSizes
 from distllm.errors import UserError
@@ -112,7 +113,7 @@ _RULES: dict[Rule, str] = {
     one_of(*PRECISIONS): "train.precision",
     one_of("auto", "cpu", "cuda"): "hardware.device",
     Rule(lambda v: v in (0, 1, 2, 3), "must be 0, 1, 2 or 3"): "engine.zero_stage",
-    one_of("none", "full"): "engine.activation_checkpointing",
+    one_of(*CHECKPOINTING): "engine.activation_checkpointing",
     one_of("last", "likelihood"): "stage.head",
     one_of("auto", *PRETRAINING): "stage.objective",
 }  # fmt: skip

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from distllm.engines.options import EngineOptions
 from distllm.errors import ConfigError
+
+CHECKPOINTING = ("none", "full", "selective")
+
+_KEPT = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+"""Operations whose results are worth their memory: all products with weights, and attention kernels."""
 
 
 def prepare_blocks(model: Any, options: EngineOptions) -> None:
@@ -18,22 +35,33 @@ def prepare_blocks(model: Any, options: EngineOptions) -> None:
     Raises:
         ConfigError: the kind of checkpointing is unknown.
     """
-    if options.activation_checkpointing not in ("none", "full"):
+    kind = options.activation_checkpointing
+    if kind not in CHECKPOINTING:
         raise ConfigError(
-            f"engine.activation_checkpointing={options.activation_checkpointing} is unknown. "
-            "Known: none, full."
+            f"engine.activation_checkpointing={kind} is unknown. Known: {', '.join(CHECKPOINTING)}."
         )
     for block in model.blocks():
-        if options.activation_checkpointing == "full":
-            block.forward = _recomputed(block.forward)
+        if kind != "none":
+            block.forward = _recomputed(block.forward, selective=kind == "selective")
         if options.compile:
-            block.compile()
+            # The forward alone: hooks that a wrapper puts on the block stay outside of the compiled part.
+            block.forward = torch.compile(block.forward)
 
 
-def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _recomputed(forward: Callable[..., Any], selective: bool) -> Callable[..., Any]:
+    extra: dict[str, Any] = {}
+    if selective:
+        extra["context_fn"] = partial(create_selective_checkpoint_contexts, _choose)
+
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **extra, **kwargs)
 
     return run
+
+
+def _choose(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    if operation in _KEPT:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE

@@ -13,7 +13,8 @@ class EngineOptions:
     compile: bool = free(False)
     """Compile each block with torch.compile (needs a C compiler on a CPU)."""
     activation_checkpointing: str = free("none")
-    """`none`, or `full`: recompute each block in the backward pass; saves memory, costs about a third more time."""
+    """`none`; `full`: recompute each block in the backward pass, for about a third more time; `selective`: keep the
+    results of matrix products and attention, and recompute what is cheap between them."""
     start_timeout_s: int = free(300)
     """Longest wait for all processes to appear at the start."""
     timeout_s: int = free(100)

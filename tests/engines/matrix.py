@@ -54,6 +54,10 @@ CELLS: dict[str, tuple[int, list[str]]] = {
             *SMALL_PARTS,
         ],
     ),
+    "tp 2, selective": (
+        2,
+        ["engine=fsdp", "engine.mesh.tp_size=2", "engine.activation_checkpointing=selective"],
+    ),
 }
 """Name -> (number of processes, settings)."""
 

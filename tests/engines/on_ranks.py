@@ -157,3 +157,14 @@ def checks():
             "sampling": {name: sampling(layouts[name]) for name in ("fsdp", "tp")},
             "messages": messages(),
         }
+
+
+def compiled():
+    """The law of the step with compiled blocks, and with compiled blocks that are recomputed."""
+    layouts = {
+        f"{engine} {kind}": options_of(engine, compile=True, activation_checkpointing=kind)
+        for engine in ("ddp", "fsdp")
+        for kind in ("none", "full")
+    }
+    with processes.processes(layouts["ddp none"], torch.device("cpu")):
+        return {name: law_of_the_step(options, ["sft"]) for name, options in layouts.items()}

@@ -64,3 +64,12 @@ def test_messages(ranks):
         kind = "DataError" if number == 1 else "OtherRankError"
         assert found["error"][0] == kind
         assert "line 7 is broken" in found["error"][1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_compiled_blocks_obey_the_law_too():
+    paths = [TESTS / "engines", TESTS / "train"]
+    for rank in run_on(2, "on_ranks:compiled", path=paths, timeout_s=800):
+        for name, found in rank.items():
+            assert found["sft right"] < 1e-10, name
