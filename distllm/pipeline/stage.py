@@ -28,7 +28,7 @@ from distllm.errors import CheckpointError
 from distllm.pipeline import reinforcement, supervised
 from distllm.pipeline.build import Builder, Parts
 from distllm.pipeline.lineage import describe_lineage
-from distllm.pipeline.session import leave_stopped, session, stop_agreed
+from distllm.pipeline.session import leave_stopped, session
 from distllm.tracking.base import Tracker, make_trackers
 from distllm.tracking.progress import progress
 from distllm.train.checkpoint import Checkpoints
@@ -114,7 +114,12 @@ def _train(
     stage = config.stage.name
     started = time.monotonic()
     notes: dict[str, Any] = {"before": None, "train_s": 0.0}
-    checkpoints = Checkpoints(folder / "checkpoints", config.train.keep_last)
+    checkpoints = Checkpoints(
+        folder / "checkpoints",
+        config.train.keep_last,
+        background=config.train.async_save,
+        wait_s=config.engine.long_timeout_s,
+    )
     checkpoints.clean()
     trained = {role: parts.engines[role] for role in parts.trained}
     state = RunState(checkpoints, trained, tracker.state, notes, config.run.seed)
@@ -140,7 +145,8 @@ def _train(
         log=tracker.log,
         evaluate=lambda step: _scalars(measure("train", step)),
         save=save,
-        stop_requested=lambda: stop_agreed(stop),
+        # A failed save in the background stops the run too: the last save, which all ranks make, says why.
+        stop_requested=lambda: collectives.any_true(stop.requested or checkpoints.has_failed),
         progress=lambda step, shown: bar.advance(1, **_shown(shown)),
     )
     model: Any = main.model
@@ -160,6 +166,8 @@ def _train(
     shown = {"start": loop.step, "is_main": main.ranks.is_main}
     with progress(config.train.max_steps, stage, **shown) as bar:
         finished = loop.run()
+        with phase("save"):
+            checkpoints.wait()
     if not finished:
         leave_stopped(folder, loop.step)
         _log.info("Stopped after step %d; start again with the same run.dir to go on.", loop.step)

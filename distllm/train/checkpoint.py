@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from distllm.engines import collectives
 from distllm.errors import CheckpointError, ConfigError
+from distllm.train.background import Background
 from distllm.train.files import (
     fault_point,
     free_bytes,
@@ -41,6 +43,7 @@ from distllm.train.manifest import (
     sealed,
     verify,
 )
+from distllm.train.parts import collect_parts, hand_in
 from distllm.train.tensor_files import Named, StoredTensors, share, write_tensors
 
 _STEP_DIR = re.compile(r"step_(\d{8,})")
@@ -82,16 +85,72 @@ class Loaded:
         return StoredTensors(self._files[stem])
 
 
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """One checkpoint on its way to the disk, as one rank sees it."""
+
+    path: Path
+    shares: Mapping[str, Mapping[str, Tensor]]
+    """File name -> the tensors that this rank writes into it."""
+    state_text: bytes
+    manifest: Mapping[str, Any]
+    needed_bytes: int
+    """Over all ranks."""
+
+    @property
+    def aside(self) -> Path:
+        """Where it grows."""
+        return self.path.with_name(f".{self.path.name}.tmp")
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Turn what the disk says into an error for people."""
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(_write_failed(self.path, self.needed_bytes, error)) from error
+
+    def write(self) -> dict[str, Any]:
+        """Write this rank's files; return their sizes and digests. After an error none is left to fill the disk."""
+        with self.explained():
+            try:
+                return {
+                    name: write_tensors(self.aside / name, part, midway="checkpoint:mid_write")
+                    for name, part in self.shares.items()
+                }
+            except OSError:
+                for name in self.shares:
+                    (self.aside / name).unlink(missing_ok=True)
+                raise
+
+
 class Checkpoints:
     """The checkpoints of one run, in `folder`, which all ranks see. All ranks call each method; rank 0 has the lock."""
 
-    def __init__(self, folder: Path | str, keep_last: int = 2) -> None:
+    def __init__(
+        self,
+        folder: Path | str,
+        keep_last: int = 2,
+        background: bool = False,
+        wait_s: float = 1800,
+    ) -> None:
+        """Keep the newest `keep_last` checkpoints of `folder`.
+
+        Args:
+            folder: made when the first one is written.
+            keep_last: at least 1.
+            background: `save` returns as soon as the tensors are copied; files are written while training goes on.
+            wait_s: how long a background save waits for the files of the other ranks.
+        """
         if keep_last < 1:
             raise ConfigError(
                 f"train.keep_last={keep_last} would keep no checkpoint. Set 1 or more."
             )
         self.folder = Path(folder)
         self.keep_last = keep_last
+        self.wait_s = wait_s
+        self._runs_behind = background
+        self._pending: Background | None = None
 
     def save(
         self,
@@ -112,61 +171,89 @@ class Checkpoints:
             world: How the run was laid out over processes, for the manifest.
 
         Raises:
-            CheckpointError: the disk is full or refuses; earlier checkpoints are untouched.
+            CheckpointError: the disk is full or refuses, now or, in the background, for the save before; earlier
+                checkpoints are untouched.
         """
+        self.wait()
         path = self.folder / f"step_{step:08d}"
-        aside = self.folder / f".{path.name}.tmp"
-        state_text = encode(checked_json(state, "state"))
         rank, size = collectives.rank(), collectives.world_size()
-        shares = {_file_name(s, rank, size): share(n, rank, size) for s, n in tensors.items()}
+        state_text = encode(checked_json(state, "state"))
+        shares = {
+            _file_name(stem, rank, size): share(named, rank, size, copy=self._runs_behind)
+            for stem, named in tensors.items()
+        }
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "world": dict(world or {"world_size": size}),
+            "data_position": state.get("data_position"),
+        }
         needed_bytes = sum(collectives.gather_json(_estimate_bytes(shares, state_text)))
+        draft = _Draft(path, shares, state_text, manifest, needed_bytes)
+        collectives.on_main(lambda: self._begin(draft))
+        if self._runs_behind:
+            self._pending = Background(lambda: self._write_behind(draft, rank, size))
+            return path
         try:
-            with _explained(path, needed_bytes):
-                collectives.on_main(lambda: self._begin(path, aside, needed_bytes))
-                written = collectives.together(lambda: _write_files(aside, shares))
+            written = collectives.together(draft.write)
             files = {k: v for part in collectives.gather_json(written) for k, v in part.items()}
-            manifest = {
-                "format": FORMAT,
-                "step": step,
-                "world": dict(world or {"world_size": size}),
-                "data_position": state.get("data_position"),
-            }
-            with _explained(path, needed_bytes):
-                collectives.on_main(lambda: self._finish(path, aside, manifest, files, state_text))
+            collectives.on_main(lambda: self._finish(draft, files))
         except BaseException:
             if rank == 0:
-                _remove_quietly(aside)
+                _remove_quietly(draft.aside)
             raise
         return path
 
-    def _begin(self, path: Path, aside: Path, needed_bytes: int) -> None:
-        make_dirs(self.folder)
-        remove(aside)
-        free = free_bytes(self.folder)
-        if needed_bytes > free:
-            raise CheckpointError(_no_space(path, needed_bytes, free))
-        fault_point("checkpoint:before_write")
-        aside.mkdir()
+    @property
+    def has_failed(self) -> bool:
+        """True on a rank whose part of a save in the background failed; `wait` says why."""
+        return self._pending is not None and self._pending.has_failed
 
-    def _finish(
-        self,
-        path: Path,
-        aside: Path,
-        manifest: dict[str, Any],
-        files: dict[str, Any],
-        state_text: bytes,
-    ) -> None:
-        files["state.json"] = {
-            "bytes": len(state_text),
-            "sha256": write_file(aside / "state.json", state_text),
-        }
-        fault_point("checkpoint:before_manifest")
-        write_file(aside / "manifest.json", sealed(manifest | {"files": files}))
-        sync_dir(aside)
-        fault_point("checkpoint:before_rename")
-        self._put_in_place(aside, path)
-        fault_point("checkpoint:after_rename")
-        self._retire(manifest["step"])
+    def wait(self) -> None:
+        """Wait until a save in the background is complete. All ranks take part.
+
+        Raises:
+            CheckpointError: it failed; earlier checkpoints are untouched.
+        """
+        pending, self._pending = self._pending, None
+        if self._runs_behind:
+            collectives.together(lambda: pending.wait() if pending else None)
+
+    def _write_behind(self, draft: _Draft, rank: int, size: int) -> None:
+        """Write without a word to the other ranks, whose training collectives must not be disturbed: files tell."""
+        try:
+            hand_in(draft.aside, rank, draft.write)
+            if rank == 0:
+                self._finish(draft, collect_parts(draft.aside, size, self.wait_s))
+        except BaseException:
+            if rank == 0:
+                _remove_quietly(draft.aside)
+            raise
+
+    def _begin(self, draft: _Draft) -> None:
+        with draft.explained():
+            make_dirs(self.folder)
+            remove(draft.aside)
+            free = free_bytes(self.folder)
+            if draft.needed_bytes > free:
+                raise CheckpointError(_no_space(draft.path, draft.needed_bytes, free))
+            fault_point("checkpoint:before_write")
+            draft.aside.mkdir()
+
+    def _finish(self, draft: _Draft, files: dict[str, Any]) -> None:
+        aside = draft.aside
+        with draft.explained():
+            files["state.json"] = {
+                "bytes": len(draft.state_text),
+                "sha256": write_file(aside / "state.json", draft.state_text),
+            }
+            fault_point("checkpoint:before_manifest")
+            write_file(aside / "manifest.json", sealed(draft.manifest | {"files": files}))
+            sync_dir(aside)
+            fault_point("checkpoint:before_rename")
+            self._put_in_place(aside, draft.path)
+            fault_point("checkpoint:after_rename")
+            self._retire(draft.manifest["step"])
 
     def latest(self) -> Loaded | None:
         """Return the newest checkpoint whose every byte is as it was written; None if none was ever made.
@@ -267,27 +354,12 @@ def _file_name(stem: str, rank: int, size: int) -> str:
     return f"{stem}.safetensors" if size == 1 else f"{stem}-{rank:05d}-of-{size:05d}.safetensors"
 
 
-def _write_files(aside: Path, shares: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
-    return {
-        name: write_tensors(aside / name, part, midway="checkpoint:mid_write")
-        for name, part in shares.items()
-    }
-
-
 def _estimate_bytes(shares: Mapping[str, Mapping[str, Tensor]], state_text: bytes) -> int:
     """Bound what a checkpoint takes on disk from above, headers and half-filled blocks included."""
     total = len(state_text) + 16384
     for part in shares.values():
         total += 8192 + sum(t.nbytes + len(name) + 128 for name, t in part.items())
     return total
-
-
-@contextmanager
-def _explained(path: Path, needed_bytes: int) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(_write_failed(path, needed_bytes, error)) from error
 
 
 def _no_space(path: Path, needed_bytes: int, free: int) -> str:

@@ -41,5 +41,7 @@ class TrainOptions:
     """Steps between checkpoints; one is always written at the end."""
     keep_last: int = free(2)
     """Checkpoints to keep; older ones are deleted after a newer one is complete."""
+    async_save: bool = free(False)
+    """Write checkpoints in the background: a step waits for the copy to host memory only, which must have room for it."""
     max_skipped_steps: int = free(0)
     """Steps with a non-finite loss or gradient that may be skipped before the run stops; 0 stops at the first."""

@@ -34,10 +34,11 @@ _DTYPES = {
 }
 
 
-def share(named: Named, rank: int, size: int) -> dict[str, Tensor]:
+def share(named: Named, rank: int, size: int, copy: bool = False) -> dict[str, Tensor]:
     """Walk all of `named` and keep, on the CPU, what falls to `rank`: each tensor goes where the fewest bytes are yet.
 
     All ranks come to the same division without a word, because they see the same names and shapes in the same order.
+    With `copy` the result shares no memory with what may change afterwards.
     """
     taken = [0] * size
     mine = {}
@@ -45,7 +46,7 @@ def share(named: Named, rank: int, size: int) -> dict[str, Tensor]:
         owner = min(range(size), key=taken.__getitem__)
         taken[owner] += tensor.nbytes
         if owner == rank:
-            mine[name] = tensor.detach().cpu()
+            mine[name] = tensor.detach().to("cpu", copy=copy)
     return mine
 
 
