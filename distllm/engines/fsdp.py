@@ -162,7 +162,9 @@ class FSDP(NativeEngine):
         self.caller.eval()
         with torch.no_grad(), self._autocast():
             result = self.caller(function, *args)
-        self.caller.reshard()  # type: ignore[operator]
+        # Without a backward nobody gives back what was gathered last: it would outlive the next update.
+        for module in _sharded(self.caller):
+            module.reshard()
         return result
 
     @contextmanager

@@ -13,6 +13,7 @@ from distllm.testing.gloo import run_on
 from distllm.testing.stages import SKILLS, run_tiny, tiny_model
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.timeout(900)
 COMMON = [
     "train.max_steps=12",
     "train.micro_batch_size=2",
@@ -52,7 +53,7 @@ def relay(num_processes, folder, settings, *legs):
     """Let `legs` (engine's settings, steps) go on with the run in `folder`, all in one launch."""
     stretches = [[str(folder), [*settings, *engine], steps] for engine, steps in legs]
     arguments = {"stretches": stretches}
-    found = run_on(num_processes, "crossing:relay", arguments, path=[HERE], timeout_s=280)
+    found = run_on(num_processes, "crossing:relay", arguments, path=[HERE], timeout_s=800)
     assert all(rank == found[0] for rank in found)
     return found[0]
 
@@ -129,7 +130,7 @@ def test_every_engine_exports_the_same_bytes(start):
         [str(c), [*settings["sft"], *engine], None]
         for c, engine in zip(copies, (DDP, FSDP, TP), strict=True)
     ]
-    run_on(2, "crossing:relay", {"stretches": stretches}, path=[HERE], timeout_s=280)
+    run_on(2, "crossing:relay", {"stretches": stretches}, path=[HERE], timeout_s=800)
     expected = (whole / "model" / "model.safetensors").read_bytes()
     for copy in copies:
         assert (copy / "model" / "model.safetensors").read_bytes() == expected, copy.parent.name

@@ -30,6 +30,7 @@ def single(tmp_path_factory):
     return folder, shared
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "cell", [pytest.param(c, marks=() if c in FAST else pytest.mark.slow) for c in CELLS]
 )
@@ -38,7 +39,7 @@ def test_ten_steps_equal_those_of_one_process(single, cell):
     num_processes, settings = CELLS[cell]
     here = folder / cell.replace(" ", "-").replace(",", "")
     arguments = {**shared, "folder": str(here), "settings": settings}
-    run_on(num_processes, "matrix:run", arguments, path=[Path(__file__).parent], timeout_s=280)
+    run_on(num_processes, "matrix:run", arguments, path=[Path(__file__).parent], timeout_s=800)
     found = differences(folder / "single", here)
     if os.environ.get("DISTLLM_MATRIX_DIR"):
         kept = Path(os.environ["DISTLLM_MATRIX_DIR"]) / f"{here.name}.json"
