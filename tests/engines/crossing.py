@@ -10,7 +10,7 @@ import torch
 
 from distllm.config.compose import compose
 from distllm.engines.processes import processes
-from distllm.testing.stages import StopAfter, run_tiny
+from distllm.testing.stages import TINY, StopAfter, run_tiny
 from distllm.train.source import SampleSource
 
 
@@ -34,6 +34,6 @@ def stretch(folder, settings, stop_after=None):
 
 def relay(stretches):
     """Run [folder, settings, stop after] one after the other in one process group; say which of them finished."""
-    config = compose([*stretches[0][1], "run.dir=unused"])
+    config = compose([*TINY, *stretches[0][1], "run.dir=unused"])
     with processes(config.engine, torch.device("cpu")):
         return [stretch(*arguments) for arguments in stretches]
