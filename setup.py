@@ -16,7 +16,11 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["distllm", "distllm.*"]), *sorted(conf_packages)],
     package_dir={"distllm.conf": "conf"},
-    package_data={"": ["*.yaml"], "distllm.tracking": ["page/*"]},
+    package_data={
+        "": ["*.yaml"],
+        "distllm.conf": ["*.yaml", "*.json"],
+        "distllm.tracking": ["page/*"],
+    },
     install_requires=[
         "torch>=2.10",  # older ones have a known unsafe load
         "accelerate>=1.10",

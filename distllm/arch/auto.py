@@ -7,7 +7,7 @@ block instead; choose this with arch=auto. What it asks of transformers is in `h
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,7 @@ def read_options(folder: Path) -> AutoOptions:
         max_seq_len=longest if longest > 0 else UNBOUNDED,
         decoder_start_id=getattr(config, "decoder_start_token_id", None) or 0,
         tie_embeddings=bool(getattr(text, "tie_word_embeddings", False)),
+        num_labels=config.num_labels,
     )
 
 
@@ -77,6 +78,11 @@ class Auto(nn.Module):
 
     Options = AutoOptions
     abilities = CAUSAL
+    abilities_by_kind: Mapping[str, Abilities] = {
+        "causal": CAUSAL,
+        "masked": Abilities(objectives=("mlm",), sft="", generates=False),
+        "seq2seq": Abilities(objectives=("span",), sft="seq2seq", two_sequences=True),
+    }
 
     def __init__(
         self, options: AutoOptions, head: str = "lm", seed: int = 0, inner: Any = None
@@ -100,7 +106,7 @@ class Auto(nn.Module):
         if head not in HEADS:
             raise ConfigError(unknown_name("head", head, HEADS))
         self.options, self.head_name = options, head
-        self.abilities = _ABILITIES[options.kind]
+        self.abilities = self.abilities_by_kind[options.kind]
         folder = Path(options.path)
         if inner is None:
             inner = wrapped.empty(wrapped.read_config(folder))
@@ -340,14 +346,20 @@ class Auto(nn.Module):
 
 
 def load(
-    folder: Path, head: str | None, dtype: torch.dtype | None, seed: int = 0
+    folder: Path,
+    head: str | None,
+    dtype: torch.dtype | None,
+    seed: int = 0,
+    changes: Mapping[str, Any] | None = None,
 ) -> tuple[Auto, str]:
     """Load and wrap the model in `folder`, with the head it was saved with unless `head` says another.
+
+    `changes` are options that differ from the saved ones.
 
     Returns:
         (model in eval mode, a line that announces it).
     """
-    options = read_options(folder)
+    options = replace(read_options(folder), **(changes or {}))
     inner = wrapped.load(folder, wrapped.read_config(folder), dtype)
     saved = wrapped.saved_head(folder)
     model = Auto(options, head or saved, seed, inner)
@@ -360,18 +372,12 @@ def load(
     return model.eval(), line
 
 
-def save(model: Auto, state: Mapping[str, Tensor], folder: Path) -> None:
-    """Let transformers write the wrapped model, and beside it what tells us to wrap it again."""
+def save(model: Auto, state: Mapping[str, Tensor], labels: Mapping[str, Any], folder: Path) -> None:
+    """Let transformers write the wrapped model, and beside it what tells us to wrap it again, and `labels`."""
     inner = {n.removeprefix("inner."): t for n, t in state.items() if n.startswith("inner.")}
     head = {n: t for n, t in state.items() if n.startswith("head.")}
-    wrapped.save(model.inner, inner, model.head_name, head, folder)
-
-
-_ABILITIES = {
-    "causal": CAUSAL,
-    "masked": Abilities(objectives=("mlm",), sft="", generates=False),
-    "seq2seq": Abilities(objectives=("span",), sft="seq2seq", two_sequences=True),
-}
+    entries = {"distllm_arch": "auto", "distllm_head": model.head_name, **labels}
+    wrapped.save(model.inner, inner, entries, head, folder)
 
 
 def _count(attention_mask: Tensor | None, tokens: Tensor, cache: Any) -> Tensor:

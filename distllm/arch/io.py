@@ -11,6 +11,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def load_model(
     dtype: torch.dtype | None = torch.float32,
     seed: int = 0,
     arch: str | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> tuple[Any, Any]:
     """Read a model and its tokenizer from a directory in Hugging Face layout; nothing is fetched from a network.
 
@@ -52,6 +54,7 @@ def load_model(
         dtype: of the weights; None keeps the saved one.
         seed: of parameters that are not in the directory.
         arch: "auto" runs transformers' own code, whatever the family; anything else takes what config.json says.
+        changes: options that differ from the saved ones, such as the number of labels of a new head.
 
     Returns:
         (model in eval mode, tokenizer or None when the directory holds none).
@@ -63,10 +66,13 @@ def load_model(
     if _is_wrapped(read_config(folder), arch):
         from distllm.arch import auto
 
-        model, line = auto.load(folder, head, dtype, seed)
+        model, line = auto.load(folder, head, dtype, seed, changes)
+        config = read_config(folder)
+        is_own = config.get("distllm_head") == model.head_name  # else transformers' placeholders
+        model.label_names = _label_names(config, model.head_name) if is_own else []
         warnings.warn(line, UserWarning, stacklevel=2)
         return model.to(device), read_tokenizer(folder)
-    model, state = open_model(folder, head, seed)
+    model, state = open_model(folder, head, seed, changes)
     if dtype is not None:
         state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
     model.load_state_dict(state, assign=True)
@@ -74,7 +80,10 @@ def load_model(
 
 
 def open_model(
-    folder: str | Path, head: str | None = None, seed: int = 0
+    folder: str | Path,
+    head: str | None = None,
+    seed: int = 0,
+    changes: Mapping[str, Any] | None = None,
 ) -> tuple[Any, dict[str, Tensor]]:
     """Read a model's shape and, apart, its weights: for a process that will keep only a part of them.
 
@@ -82,6 +91,7 @@ def open_model(
         folder: the directory, as for `load_model`.
         head: None keeps the saved head.
         seed: of parameters that are not in the directory.
+        changes: options that differ from the saved ones.
 
     Returns:
         (model on the meta device, full tensors by parameter and buffer name).
@@ -94,6 +104,7 @@ def open_model(
     family = _family(config, folder)
     tensors = read_tensors(folder)
     options, state, saved_head = family.from_hf(config, tensors, head)
+    options = replace(options, **(changes or {}))
     model_class = registry.get("arch", options.name)
     wanted_head = head or saved_head
     with torch.device("meta"):
@@ -108,6 +119,7 @@ def open_model(
         model, state, fresh, folder, their_names(family.rules(options, wanted_head)), tensors
     )
     _fill_fresh(model, state, seed)
+    model.label_names = _label_names(config, saved_head) if wanted_head == saved_head else []
     model.generation_defaults = read_json(folder / "generation_config.json")
     return model, state
 
@@ -142,9 +154,10 @@ def save_model(
     state = dict(model.state_dict() if state is None else state)
     is_wrapped = options.name == "auto"
     config, tensors = ({}, {}) if is_wrapped else family_of(options).to_hf(options, state, head)
+    labels = _named_labels(getattr(model, "label_names", []))
     defaults = getattr(model, "generation_defaults", {})
     special = _special_ids(tokenizer, defaults)
-    config = special | config
+    config = special | config | labels
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     clear_debris(folder)
@@ -152,7 +165,7 @@ def save_model(
     try:
         aside.mkdir()
         if is_wrapped:
-            _save_wrapped(model, state, aside)
+            _save_wrapped(model, state, labels, aside)
         else:
             _write_model(aside, config, tensors)
         _write_texts(
@@ -210,8 +223,28 @@ def _expected(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.state_dict())
 
 
+def _label_names(config: Mapping[str, Any], head: str) -> list[str]:
+    """Read the names of a head's labels."""
+    if head not in ("classify", "tag"):
+        return []
+    named = config.get("id2label") or {}
+    return [named[str(i)] for i in range(len(named))]
+
+
+def _named_labels(names: Sequence[str]) -> dict[str, Any]:
+    """Write the names of a head's labels; nothing if they have none."""
+    if not names:
+        return {}
+    return {
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
+
+
 def _check_swap(saved_head: str, head: str, folder: Path) -> None:
     """Refuse to put another head on what was trained to judge: its hidden states serve that judgement."""
+    if (saved_head, head) == ("classify", "value"):
+        return  # the critic of a policy over labels
     if head != saved_head and saved_head not in ("lm", "likelihood", "none"):
         raise CheckpointError(
             f"{folder} holds a model with the head {saved_head}; only a language model can be given "
@@ -295,10 +328,12 @@ def _write_model(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, 
     (folder / "config.json").write_text(text, encoding="utf-8")
 
 
-def _save_wrapped(model: Any, state: Mapping[str, Tensor], folder: Path) -> None:
+def _save_wrapped(
+    model: Any, state: Mapping[str, Tensor], labels: Mapping[str, Any], folder: Path
+) -> None:
     from distllm.arch import auto
 
-    auto.save(model, state, folder)
+    auto.save(model, state, labels, folder)
 
 
 def _write_texts(folder: Path, generation_config: Mapping[str, Any], card: str) -> None:

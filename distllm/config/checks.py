@@ -14,6 +14,7 @@ from typing import Any
 
 from distllm import registry
 from distllm.arch.io import read_options
+from distllm.config.abilities import ability_problems, records_of
 from distllm.config.files import GROUPS
 from distllm.config.overrides import raise_all
 from distllm.config.parallel import parallel_problems
@@ -109,7 +110,7 @@ _RULES: dict[Rule, str] = {
     ABOVE_0_TO_1: "stage.mask_rate stage.eval_mask_rate arch.rope_fraction schedule.decay_fraction generation.top_p",
     SHARE: """
         stage.mask_token_share stage.random_token_share stage.sentence_share stage.document_share stage.min_document_span
-        stage.fim_rate stage.fim_spm_rate schedule.min_lr_ratio""",
+        stage.fim_rate stage.fim_spm_rate stage.label_smoothing schedule.min_lr_ratio""",
     one_of(*PRECISIONS): "train.precision",
     one_of("auto", "cpu", "cuda"): "hardware.device",
     Rule(lambda v: v in (0, 1, 2, 3), "must be 0, 1, 2 or 3"): "engine.zero_stage",
@@ -208,7 +209,7 @@ def _schedule_problems(config: Config) -> list[str]:
 
 def data_problems(config: Config) -> list[str]:
     """Check that the data source has what the stage learns from, as far as its class tells."""
-    kind = supervised_stages().get(config.stage.name, "prompts")
+    kind = records_of(config, supervised_stages().get(config.stage.name, "prompts"))
     sources = {name: registry.get("data", name).serves for name in registry.names("data")}
     # Where the records decide (files), the class has a property, which tells nothing yet.
     sources = {name: kinds if isinstance(kinds, tuple) else () for name, kinds in sources.items()}
@@ -242,7 +243,7 @@ def model_problems(config: Config) -> list[str]:
             f"train.seq_len={config.train.seq_len} is longer than max_seq_len={options.max_seq_len} of "
             f"model={config.model}. Set train.seq_len={options.max_seq_len}."
         )
-    return problems
+    return problems + ability_problems(config)
 
 
 def machine_problems(config: Config) -> list[str]:

@@ -38,6 +38,11 @@ def conf_dir() -> Path:
     )
 
 
+def matrix_file() -> Path:
+    """Return where it is recorded which architecture has learned what in which stage (`distllm list matrix`)."""
+    return conf_dir() / "matrix.json"
+
+
 @functools.cache
 def options_in(group: str) -> list[str]:
     """List the options of `group`: the names of its YAML files."""

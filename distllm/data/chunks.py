@@ -29,7 +29,7 @@ class RawRow:
     sample_id: int
     """The row's number."""
     visit: int = 0
-    """How often the row has been trained on before."""
+    """Tells the times apart that the row is given out: its position in the run, 0 when it is only looked at."""
 
 
 class ChunkedDataset:
@@ -91,7 +91,7 @@ class ChunkedDataset:
         return self.draw(index, 0)
 
     def draw(self, index: int, visit: int) -> RawRow:
-        """Return row `index` as it is given out the `visit`-th time (from 0)."""
+        """Return row `index`, marked with what tells this time from others."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         first, last = self._rows[index], self._rows[index + 1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
@@ -72,11 +72,15 @@ class PromptExample:
 
 
 def text_rows(
-    source: Source, tok: PreTrainedTokenizerFast, seq_len: int, split: str
+    source: Source,
+    tok: PreTrainedTokenizerFast,
+    seq_len: int,
+    split: str,
+    encode: Callable[..., list[list[int]]] = encode_texts,
 ) -> PackedDataset | Joined:
     """Tokenise the documents of `split` and pack them into rows of `seq_len`.
 
-    The parts of a weighted mixture share no row.
+    The parts of a weighted mixture share no row. `encode` turns (tokenizer, texts) into token ids.
     """
     eos_id = cast("int | None", tok.eos_token_id)
     if eos_id is None:
@@ -92,7 +96,7 @@ def text_rows(
     def pack(part: Sequence[Any]) -> PackedDataset:
         texts = [document.text for document in part]
         return PackedDataset(
-            encode_texts(tok, texts),
+            encode(tok, texts),
             seq_len,
             eos_id=eos_id,
             pad_id=eos_id if pad_id is None else pad_id,
@@ -116,6 +120,8 @@ class Encoded(Generic[Example]):
     """Records as token ids, each checked; what cannot be used is refused, or left out on request."""
 
     what = "record"
+    needs_template = True
+    """Samples are written by the chat template."""
 
     def __init__(
         self,
@@ -136,7 +142,8 @@ class Encoded(Generic[Example]):
             DataError: a record cannot be used; it is named by its place in the file.
         """
         options = options or DataOptions()
-        check_template(tok)
+        if self.needs_template:
+            check_template(tok)
         self._examples: list[Example] = []
         self.records: list[Any] = []
         """What each sample was made of."""

@@ -69,6 +69,15 @@ class Joined:
         first = int(self._ends[part - 1]) if part else 0
         return replace(self.parts[part][index - first], sample_id=index)
 
+    def draw(self, index: int, visit: int) -> Any:
+        """Return row `index`, marked with what tells this time from others, where the parts have a use for it."""
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        first = int(self._ends[part - 1]) if part else 0
+        found = self.parts[part]
+        if not hasattr(found, "draw"):
+            return self[index]
+        return replace(found.draw(index - first, visit), sample_id=index)
+
     def documents(self) -> list[np.ndarray]:
         """Return each document's ids, its end token included."""
         return [document for part in self.parts for document in part.documents()]

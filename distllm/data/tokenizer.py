@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distllm.data.backends import Backends, backend_of
-from distllm.data.vocabulary import ROLES
+from distllm.data.vocabulary import CLS, ROLES, SEP
 from distllm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def train_tokenizer(
         ConfigError: `vocab_size` has no room for the bytes and the special tokens.
         DataError: there is no text.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     num_special = len(SPECIAL_TOKENS) + len(special_tokens)
@@ -73,6 +73,16 @@ def train_tokenizer(
     )
     backend.train_from_iterator(texts, trainer)
     backend.add_special_tokens(list(special_tokens))
+    inputs = ["input_ids", "attention_mask"]
+    if {CLS, SEP} <= set(
+        special_tokens
+    ):  # what reads pairs of texts expects them framed and told apart
+        inputs.insert(1, "token_type_ids")
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{CLS} $A {SEP}",
+            pair=f"{CLS} $A {SEP} $B:1 {SEP}:1",
+            special_tokens=[(t, backend.token_to_id(t)) for t in (CLS, SEP)],
+        )
     roles = {ROLES[token]: token for token in special_tokens if token in ROLES}
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -85,6 +95,7 @@ def train_tokenizer(
         ],
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
+        model_input_names=inputs,
     )
 
 

@@ -23,6 +23,13 @@ START_OF_PIECE, END_OF_PIECE = "<|startofpiece|>", "<|endofpiece|>"
 MODES = ("[NLU]", "[S2S]", "[NLG]")
 FIM_PREFIX, FIM_MIDDLE, FIM_SUFFIX = "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"
 
+SPECIAL_TOKENS: dict[str, tuple[str, ...]] = {
+    "encoder": (CLS, SEP, MASK),
+    "encoder_decoder": (*MODES, *reversed(SENTINELS)),
+    "glm": (CLS, MASK, SENTENCE_MASK, DOCUMENT_MASK, START_OF_PIECE, END_OF_PIECE),
+}
+"""Architecture -> what a tokenizer trained for it holds beside the usual special tokens, in the order of the ids."""
+
 ROLES = {CLS: "cls_token", SEP: "sep_token", MASK: "mask_token"}
 """Tokens that have a place of their own in a Hugging Face tokenizer."""
 

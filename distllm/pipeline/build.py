@@ -34,6 +34,7 @@ from distllm.engines.base import Engine, build_engine
 from distllm.engines.collectives import on_main, together
 from distllm.errors import ConfigError
 from distllm.layers.init import initial_weights
+from distllm.pipeline.fitting import fit_options, set_dropout, special_tokens
 from distllm.tracking.base import Tracker
 from distllm.train.loop import Source
 
@@ -75,6 +76,8 @@ class Builder:
     run_dir: Path
     data: DataSource = field(init=False)
     tokenizer: Any = field(init=False)
+    labels: list[str] = field(default_factory=list)
+    """What a policy that does not write answers with; empty for those that do."""
 
     def __post_init__(self) -> None:
         self.data = together(lambda: open_source(self.config.data, self.config.run.seed))
@@ -94,31 +97,34 @@ class Builder:
         return end_ids(self.tokenizer)
 
     def decode(self, ids: list[int]) -> str:
-        """Turn response ids into text without special tokens."""
+        """Turn response ids into text without special tokens, or a label's number into its name."""
+        if self.labels:
+            return self.labels[ids[0]]
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def model(self, head: str, dropout: bool = True) -> Any:
-        """Load `config.model`, or draw a new one, and check that all fits together."""
+    def model(self, head: str, dropout: bool = True, **changes: Any) -> Any:
+        """Load `config.model`, or draw a new one, and check that all fits together; `changes` are options of the head."""
         config = self.config
         if config.model:
-            model = self.load(config.model, head)
+            model = self.load(config.model, head, **changes)
         else:
             arch = registry.get("arch", config.arch.name)
+            options = replace(fit_options(config.arch, self.tokenizer), **changes)
             with torch.device("meta") if self._builds_on_meta else nullcontext():
-                model = arch(config.arch, head=head, seed=config.run.seed)
+                model = arch(options, head=head, seed=config.run.seed)
             if self._builds_on_meta:
                 model.initial_weights = initial_weights(model, config.run.seed)
         self.check_fits(model)
-        for block in model.blocks():
-            if isinstance(getattr(block, "dropout", None), float):
-                block.dropout = config.arch.dropout if dropout else 0.0
+        set_dropout(model, config.arch.dropout if dropout else 0.0, keep_others=dropout)
         return model
 
-    def load(self, folder: str, head: str | None = None) -> Any:
+    def load(self, folder: str, head: str | None = None, **changes: Any) -> Any:
         """Load a model from a directory, in the way the engine takes it."""
         arch = self.config.arch.name
         if not self._builds_on_meta:
-            return load_model(folder, head=head, seed=self.config.run.seed, arch=arch)[0]
+            return load_model(
+                folder, head=head, seed=self.config.run.seed, arch=arch, changes=changes
+            )[0]
         if read_options(Path(folder), arch).name == "auto":
             able = [
                 n for n in registry.names("engine") if not registry.get("engine", n).builds_on_meta
@@ -127,7 +133,7 @@ class Builder:
                 f"arch=auto wraps a model that is whole in memory, and engine={self.config.engine.name} takes it in "
                 f"parts. Set engine to one of {', '.join(able)}."
             )
-        model, state = open_model(folder, head, self.config.run.seed)
+        model, state = open_model(folder, head, self.config.run.seed, changes)
         model.initial_weights = state.pop
         return model
 
@@ -188,7 +194,8 @@ class Builder:
         )
         aside = self.run_dir / ".tokenizer.tmp"
         shutil.rmtree(aside, ignore_errors=True)
-        save_tokenizer(train_tokenizer(texts, config.arch.vocab_size), aside)
+        tokenizer = train_tokenizer(texts, config.arch.vocab_size, special_tokens(config))
+        save_tokenizer(tokenizer, aside)
         aside.rename(folder)
 
     def _check_same_tokenizer(self, tokenizer: Any) -> None:

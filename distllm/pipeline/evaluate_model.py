@@ -13,12 +13,9 @@ from distllm.errors import ConfigError
 from distllm.objectives.reward import Reward, RewardOptions
 from distllm.pipeline.build import Builder
 from distllm.pipeline.judge import judge
-from distllm.pipeline.measure import (
-    heldout_pairs,
-    measure_dialogues,
-    measure_documents,
-    measure_pairs,
-)
+from distllm.pipeline.measure import heldout_pairs, measure_dialogues, measure_pairs
+from distllm.pipeline.pretraining import measure_texts
+from distllm.pipeline.verdicts import measure_labelled, measure_tagged
 from distllm.rl.rewards.model import REWARD_HEADS
 
 
@@ -52,13 +49,18 @@ def _evaluate(config: Config) -> dict[str, Any]:
         pairs = heldout_pairs(builder)[1]
         more = judge(engine, objective, pairs, config.train.micro_batch_size)
     elif model.head_name == "lm" and "documents" in serves:
-        measure = measure_documents(builder, engine)
+        measure = measure_texts(builder, engine)
     elif model.head_name == "lm" and "dialogues" in serves:
         measure = measure_dialogues(builder, engine)
+    elif model.head_name == "classify" and "labelled" in serves:
+        measure = measure_labelled(builder, engine, model.label_names)
+    elif model.head_name == "tag" and "tagged" in serves:
+        measure = measure_tagged(builder, engine, model.label_names)
     else:
         raise ConfigError(
             f"data={config.data.name} serves {', '.join(serves)}; a model with the head {model.head_name} cannot be "
-            "measured on these. A reward model needs pairs, a language model documents or dialogues."
+            "measured on these. A reward model needs pairs, a language model documents or dialogues, a classifier labelled texts, a "
+            "tagger tagged words."
         )
     metrics, _ = measure()
     metrics |= more

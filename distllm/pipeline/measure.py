@@ -11,17 +11,19 @@ from functools import partial
 from typing import Any
 
 from distllm import registry
+from distllm.config.abilities import abilities_of
 from distllm.data.datasets import (
     ChatDataset,
     PairDataset,
     PairExample,
     PromptDataset,
-    text_rows,
 )
+from distllm.data.labelled import ChoiceDataset, JudgedDataset
 from distllm.engines.base import Engine
 from distllm.generation.generate import generate
 from distllm.generation.options import GenerationOptions
 from distllm.objectives.reward import Reward
+from distllm.objectives.sft import SFTOptions
 from distllm.pipeline.build import Builder
 from distllm.train.evaluate import (
     Answers,
@@ -41,20 +43,22 @@ NUM_SAMPLES_SHOWN = 8
 CONTINUATION_TOKENS = 32
 
 
-def measure_documents(builder: Builder, engine: Engine) -> Measure:
-    """Nats per token and bits per byte on held-out text, and how the model continues some of it."""
-    train = builder.config.train
-    rows = text_rows(builder.data, builder.tokenizer, train.seq_len, "heldout")
-    objective = registry.get("objective", "clm")(builder.config.stage, pad_id=builder.pad_id)
-    shown = [rows[i] for i in range(min(len(rows), train.num_eval_samples))]
-    openings = [ids[:12].tolist() for ids in rows.documents()[:4]]
+def sft_objective(builder: Builder, model: Any) -> Any:
+    """Build what imitates dialogues: one sequence for most architectures, source and target for some."""
+    config = builder.config
+    name = abilities_of(config).sft
+    options = config.stage if config.stage.name == "sft" else SFTOptions()
+    cls = registry.get("objective", name)
+    if name == "sft":
+        return cls(options, pad_id=builder.pad_id)
+    return cls(options, builder.pad_id, model.join)
 
-    def measure() -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        metrics = evaluate_loss(engine, objective, shown, train.micro_batch_size)
-        metrics["eval/bits_per_byte"] = rows.bits_per_byte(metrics["eval/loss"])
-        return metrics, continuations(builder, engine, openings)
 
-    return measure
+def pair_dataset(builder: Builder, records: Any) -> Any:
+    """Encode preference pairs: by the chat template, or as two texts for models that do not write."""
+    config = builder.config
+    cls = PairDataset if abilities_of(config).generates else JudgedDataset
+    return cls(records, builder.tokenizer, config.train.seq_len, config.data)
 
 
 def measure_dialogues(builder: Builder, engine: Engine) -> Measure:
@@ -63,7 +67,7 @@ def measure_dialogues(builder: Builder, engine: Engine) -> Measure:
     heldout = ChatDataset(
         builder.data.dialogues("heldout"), builder.tokenizer, train.seq_len, builder.config.data
     )
-    objective = registry.get("objective", "sft")(builder.config.stage, pad_id=builder.pad_id)
+    objective = sft_objective(builder, engine.model)
     shown = [heldout[i] for i in range(min(len(heldout), train.num_eval_samples))]
     prompts = heldout_prompts(builder) if builder.data.checkable else []
 
@@ -81,7 +85,7 @@ def heldout_pairs(builder: Builder) -> tuple[list[Pair], list[PairExample]]:
     """Return the held-out pairs that an evaluation judges, as records and encoded."""
     train = builder.config.train
     records = builder.data.pairs("heldout")[: train.num_eval_samples]
-    pairs = PairDataset(records, builder.tokenizer, train.seq_len, builder.config.data)
+    pairs = pair_dataset(builder, records)
     return pairs.records, [pairs[i] for i in range(len(pairs))]
 
 
@@ -113,9 +117,19 @@ def measure_pairs(builder: Builder, engine: Engine, objective: Reward) -> Measur
 def heldout_prompts(builder: Builder) -> list[Any]:
     """Encode the held-out prompts that an evaluation answers."""
     train = builder.config.train
-    prompts = builder.data.prompts("heldout")[: train.num_eval_samples]
-    dataset = PromptDataset(prompts, builder.tokenizer, train.seq_len, builder.config.data)
+    dataset = prompt_dataset(builder, "heldout", train.seq_len, train.num_eval_samples)
     return [dataset[i] for i in range(len(dataset))]
+
+
+def prompt_dataset(
+    builder: Builder, split: str, max_len: int, limit: int | None = None
+) -> PromptDataset | ChoiceDataset:
+    """Encode at most `limit` prompts, or texts where the policy answers with labels."""
+    config, tokenizer = builder.config, builder.tokenizer
+    if builder.labels:
+        texts = builder.data.labelled(split)[:limit]
+        return ChoiceDataset(texts, tokenizer, max_len, config.data, names=builder.labels)
+    return PromptDataset(builder.data.prompts(split)[:limit], tokenizer, max_len, config.data)
 
 
 def answer_greedily(builder: Builder, engine: Engine, prompts: list[Any]) -> Answers:

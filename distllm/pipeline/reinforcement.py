@@ -8,15 +8,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from distllm import registry
-from distllm.data.datasets import PromptDataset
+from distllm.config.abilities import abilities_of
 from distllm.engines.base import Engine
 from distllm.pipeline.build import Builder, Parts
 from distllm.pipeline.measure import (
     answer_greedily,
     answer_with,
     heldout_prompts,
+    prompt_dataset,
     sample_records,
 )
+from distllm.pipeline.verdicts import known_labels
+from distllm.rl.labels import label_join
 from distllm.rl.loop import Learning, RolloutSource, Sampling
 from distllm.rl.rewards.base import RewardContext, build_reward
 from distllm.rl.scoring import score_logprobs
@@ -39,8 +42,14 @@ def build(builder: Builder) -> Parts:
             "arch.dropout=%s is off in RL: it would tell policy and reference apart.",
             config.arch.dropout,
         )
-    policy = builder.engine("policy", builder.model("lm", dropout=False), trained=True)
-    join = policy.model.join  # type: ignore[union-attr]
+    head, changes = "lm", {}
+    if not abilities_of(config).generates:
+        builder.labels = known_labels(builder, (r.label for r in builder.data.labelled("train")))
+        head, changes = "classify", {"num_labels": len(builder.labels)}
+    model = builder.model(head, dropout=False, **changes)
+    model.label_names = builder.labels
+    join = label_join(model) if builder.labels else model.join
+    policy = builder.engine("policy", model, trained=True)
     algorithm = registry.get("algorithm", stage.name)(
         stage,
         join=join,
@@ -54,7 +63,7 @@ def build(builder: Builder) -> Parts:
     engines: dict[str, Engine] = {"policy": policy}
     if algorithm.needs_reference:
         engines["reference"] = builder.engine(
-            "reference", builder.model("lm", dropout=False), trained=False
+            "reference", builder.model(head, dropout=False, **changes), trained=False
         )
     lr = {"policy": config.optim.lr}
     trained = ["policy"]
@@ -85,10 +94,10 @@ def build(builder: Builder) -> Parts:
     )
     parents = {"reward": stage.reward_model} if "reward" in engines else {}
 
-    limit = policy.model.options.max_seq_len - config.generation.max_new_tokens  # type: ignore[union-attr]
+    limit = model.options.max_seq_len - (0 if builder.labels else config.generation.max_new_tokens)
     if getattr(stage, "bootstrap_truncated", False):
         limit -= 1  # the value after the last token needs a place of its own
-    prompts = PromptDataset(builder.data.prompts("train"), builder.tokenizer, limit, config.data)
+    prompts = prompt_dataset(builder, "train", limit)
     sampling = Sampling(
         options=config.generation,
         end_ids=builder.end_ids,

@@ -42,10 +42,11 @@ class SampleSource:
         """Return the work of 0-based `step`."""
         ids = self.ledger.take(self.sampler, self.options.global_batch_size)
         ranks = self.engine.ranks
-        mine = ids[ranks.dp_rank :: ranks.dp_size]
+        first = self.ledger.position - len(ids)
+        mine = list(enumerate(ids, start=first))[ranks.dp_rank :: ranks.dp_size]
         size = self.options.micro_batch_size
         groups = [mine[start : start + size] for start in range(0, len(mine), size)]
-        examples = together(lambda: [[self.dataset[i] for i in group] for group in groups])
+        examples = together(lambda: [_fetch(self.dataset, group) for group in groups])
         batches = together(lambda: [self.objective.collate(group) for group in examples])
         prepare = getattr(self.objective, "prepare", None)
         metrics = prepare(self.engine, self.reference, examples, batches) if prepare else {}
@@ -60,3 +61,10 @@ class SampleSource:
     def load_state(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Take over what `state` returned."""
         self.ledger.load_state(state)
+
+
+def _fetch(dataset: Any, places: Sequence[tuple[int, int]]) -> list[Any]:
+    """Look samples up by (position in the run, number); a data set that draws noise is told the position."""
+    if hasattr(dataset, "draw"):
+        return [dataset.draw(number, position) for position, number in places]
+    return [dataset[number] for _, number in places]

@@ -116,7 +116,9 @@ class T5(Family):
             "n_kv_heads": config["num_heads"],
             "n_decoder_layers": None if decoder_layers == config["num_layers"] else decoder_layers,
             "decoder_start_id": 0 if start is None else start,
-            "max_seq_len": max(config.get("n_positions", 0), LONGEST),
+            "max_seq_len": config.get(
+                "distllm_max_seq_len", max(config.get("n_positions", 0), LONGEST)
+            ),
         }
 
     def from_hf(
@@ -154,6 +156,7 @@ class T5(Family):
             "d_kv": resolve_d_head(options),
             "num_decoder_layers": options.n_decoder_layers or options.n_layers,
             "n_positions": options.max_seq_len,
+            "distllm_max_seq_len": options.max_seq_len,
             "decoder_start_token_id": options.decoder_start_id,
             "is_encoder_decoder": True,
         }

@@ -87,17 +87,14 @@ def load(folder: Path, config: Any, dtype: torch.dtype | None) -> Any:
 
 
 def save(
-    model: Any, state: Mapping[str, Tensor], head: str, head_state: Mapping[str, Tensor], folder: Path
+    model: Any, state: Mapping[str, Tensor], entries: Mapping[str, Any], head_state: Mapping[str, Tensor], folder: Path
 ) -> None:  # fmt: skip
-    """Write the model as transformers does, and in config.json that it is wrapped and which head it has."""
+    """Write the model as transformers does, with `entries` of ours in config.json, and a head of ours beside it."""
     from safetensors.torch import save_file
 
     model.save_pretrained(folder, state_dict=dict(state))
     path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) | {
-        "distllm_arch": "auto",
-        "distllm_head": head,
-    }
+    config = json.loads(path.read_text(encoding="utf-8")) | dict(entries)
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if head_state:
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in head_state.items()}

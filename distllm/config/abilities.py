@@ -1,0 +1,94 @@
+"""Which stages an architecture can be trained in: what it says of itself (`arch/abilities.py`) against what is asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from distllm import registry
+from distllm.arch.abilities import CAUSAL, Abilities
+from distllm.arch.io import read_options
+from distllm.config.schema import Config
+from distllm.errors import ConfigError
+
+_WRITING = ("dpo", "kto", "orpo", "simpo")
+"""Stages that need the probability of a text."""
+
+
+def arch_name(config: Config) -> str:
+    """Return the architecture of the model that is trained."""
+    return _model_options(config).name
+
+
+def abilities_of(config: Config) -> Abilities:
+    """Return what the architecture of the run's model can be trained for."""
+    options = _model_options(config)
+    cls = registry.get("arch", options.name)
+    by_kind = getattr(cls, "abilities_by_kind", {})
+    return by_kind.get(getattr(options, "kind", ""), getattr(cls, "abilities", CAUSAL))
+
+
+def _model_options(config: Config) -> Any:
+    """Return the shape of the model that is trained: the saved one's where the run starts from one."""
+    if config.model is None:
+        return config.arch
+    return read_options(Path(config.model), config.arch.name)
+
+
+def resolve_objective(config: Config) -> str:
+    """Return the pretraining objective.
+
+    Raises:
+        ConfigError: the architecture cannot learn the one that is set.
+    """
+    able, wanted = abilities_of(config).objectives, getattr(config.stage, "objective", "auto")
+    if wanted == "auto":
+        return able[0]
+    if wanted not in able:
+        raise ConfigError(
+            f"stage.objective={wanted} is nothing that arch={arch_name(config)} can learn. Set stage.objective to "
+            f"{' or '.join(able)}, or to auto."
+        )
+    return wanted
+
+
+def ability_problems(config: Config) -> list[str]:
+    """Check the stage against the architecture."""
+    able, stage, name = abilities_of(config), config.stage, arch_name(config)
+    try:
+        resolve_objective(config)
+    except ConfigError as error:
+        return [str(error)]
+    if stage.name == "sft" and not able.sft:
+        return [
+            f"stage=sft: arch={name} does not write text, so it cannot imitate answers. Set stage=classify or stage=tag, "
+            "or choose a decoder."
+        ]
+    if stage.name in _WRITING and not able.generates:
+        return [
+            f"stage={stage.name} compares the probabilities of answers, and arch={name} does not write text. Set "
+            "stage=reward, or choose a decoder."
+        ]
+    if getattr(stage, "head", "") == "likelihood" and not able.generates:
+        return [
+            f"stage.head=likelihood scores an answer by its probability, and arch={name} does not write text. Set "
+            "stage.head=last."
+        ]
+    if stage.name == "tag" and able.two_sequences:
+        return [
+            f"stage=tag labels each token of the input, and the states of arch={name} stand at those of a target. Choose "
+            "an encoder (arch=bert_tiny) or a decoder."
+        ]
+    if getattr(stage, "reward", "") == "model" and not able.generates:
+        return [
+            f"stage.reward=model scores sampled token ids, and arch={name} answers with labels. Set "
+            "stage.reward=classifier, which reads their names."
+        ]
+    return []
+
+
+def records_of(config: Config, kind: str) -> str:
+    """Return the kind of record that a stage of the run's model learns from, where RL as such needs prompts."""
+    if kind != "prompts" or (config.model and not Path(config.model).is_dir()):
+        return kind
+    return kind if abilities_of(config).generates else "labelled"
