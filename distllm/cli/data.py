@@ -85,28 +85,9 @@ def _tokenizer(config: Any, source: "Source", kinds: Sequence[str]) -> Any:
 
 def _texts(source: "Source", kind: str, side: str) -> list[list[str]]:
     """Return the texts of each record."""
-    return [_parts(record) for record in getattr(source, kind)(side)]
+    from distllm.data.rows import texts_of
 
-
-def _parts(record: Any) -> list[str]:
-    """Return the texts of a record of any kind."""
-    from distllm.types import Document, Labelled, Pair, Parallel, Tagged, Unpaired
-
-    match record:
-        case Document():
-            return [record.text]
-        case Labelled():
-            return list(record.texts)
-        case Tagged():
-            return [" ".join(record.tokens)]
-        case Parallel():
-            return [record.source, record.target]
-        case Pair():
-            return [*(m["content"] for m in record.prompt), record.chosen, record.rejected]
-        case Unpaired():
-            return [*(m["content"] for m in record.prompt), record.completion]
-    answer = getattr(record, "answer", None)
-    return [*(m["content"] for m in record.messages), *([answer] if answer else [])]
+    return [texts_of(record) for record in getattr(source, kind)(side)]
 
 
 def _print_stats(groups: dict[str, list[list[str]]], tokenizer: Any) -> None:

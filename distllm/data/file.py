@@ -12,12 +12,13 @@ from typing import NoReturn, TypeVar
 from distllm.data.intake import Intake, intakes
 from distllm.data.mixture import Records
 from distllm.data.options import DataOptions, OnBadLine
-from distllm.data.rows import content_key
+from distllm.data.rows import content_key, texts_of
 from distllm.data.source import (
     KINDS,
     Source,
     both_answers,
     check_split,
+    final_answer,
     heldout_flags,
     records_fingerprint,
 )
@@ -80,7 +81,9 @@ class FileSource(Source):
         """Say whether all records are questions with one right answer."""
         both = self._load()
         return all(
-            isinstance(r, Parallel) or (isinstance(r, Prompt) and r.answer)
+            isinstance(r, Parallel)
+            or (isinstance(r, Prompt) and r.answer)
+            or (isinstance(r, Dialogue) and self.options.answer_after)
             for r in [*both["train"], *both["heldout"]]
         )
 
@@ -98,7 +101,15 @@ class FileSource(Source):
 
     def prompts(self, split: str) -> list[Prompt]:
         """Return the prompts; a conversation's is all but its last message, which is the answer."""
-        return self._each(split, _as_prompt, "prompts")
+        marker = self.options.answer_after
+        prompts = self._each(split, _as_prompt, "prompts")
+        for prompt in prompts if marker else ():
+            prompt.answer = prompt.answer and final_answer(prompt.answer, marker)
+        return prompts
+
+    def texts(self) -> list[str]:
+        """Return all that is said in the training records."""
+        return [text for record in self._records("train") for text in texts_of(record)]
 
     def unpaired(self, split: str) -> list[Unpaired]:
         """Return answers judged good or bad; a pair gives one of each."""

@@ -16,7 +16,7 @@ from distllm.data.readers import ReadOptions, Row, find_files, kind_of, read_row
 from distllm.data.rows import Form, describe_missing, form_of
 from distllm.data.tables import HUB, read_hub
 from distllm.errors import ConfigError, DataError
-from distllm.types import Document, Prompt, Record
+from distllm.types import Dialogue, Document, Prompt, Record
 
 
 @dataclass(slots=True)
@@ -134,6 +134,8 @@ class Intake:
             record.name = f"{row.file.name}#{row.place.rpartition(' ')[2]}"
         if isinstance(record, Prompt) and self.options.answer_after and record.answer is not None:
             record.answer = _behind(record.answer, self.options.answer_after)
+        if isinstance(record, Dialogue) and self.options.answer_after:
+            _behind(record.messages[-1]["content"], self.options.answer_after)
         return record
 
     def _renamed(self, value: Any) -> Any:

@@ -76,8 +76,8 @@ class DataOptions:
     """data=file, .csv and .tsv: whether a quotation mark opens a field that may hold the separator and
     line ends; false takes it as text."""
     answer_after: str = ""
-    """data=file: take as the answer to a prompt what stands behind the last of these words in the
-    `answer` column (GSM8K: `####`)."""
+    """data=file: the answer to a prompt is what stands behind the last of these words (GSM8K: `####`), in the `answer`
+    column or the completion, and so in a response that is compared with it; what is learned from stays whole."""
     on_long: OnLong = OnLong.ERROR
     """What to do with a record of more tokens than `train.seq_len`: `error` stops, `skip` leaves it out,
     `cut` keeps the beginning of a dialogue (no end is invented) and leaves out longer pairs and prompts."""

@@ -131,6 +131,30 @@ _OTHER_NAMES = {
 }
 
 
+def texts_of(record: Record) -> list[str]:
+    """Return all that a record of any kind says."""
+    match record:
+        case Document():
+            return [record.text]
+        case Labelled():
+            return list(record.texts)
+        case Tagged():
+            return [" ".join(record.tokens)]
+        case Parallel():
+            return [record.source, record.target]
+        case Pair():
+            return [*_said(record.prompt), record.chosen, record.rejected]
+        case Unpaired():
+            return [*_said(record.prompt), record.completion]
+        case Prompt():
+            return [*_said(record.messages), *([record.answer] if record.answer else [])]
+    return _said(record.messages)
+
+
+def _said(messages: list[dict[str, str]]) -> list[str]:
+    return [message["content"] for message in messages]
+
+
 def _text(row: Columns, key: str) -> Document:
     return Document(text=_string(row, key))
 

@@ -85,6 +85,10 @@ class Source:
         """Return the texts of `split` with what each is to become."""
         raise self.cannot_serve("parallel")
 
+    def texts(self) -> list[str] | None:
+        """Return the texts that a tokenizer may be trained on; None where there are too few to learn a language."""
+        return [d.text for d in self.documents("train")] if "documents" in self.serves else None
+
     def fingerprint(self) -> str:
         """Hash everything this source serves (sha256, hex)."""
         records: list[Record] = []
@@ -110,6 +114,11 @@ def both_answers(pair: Pair) -> list[Unpaired]:
         Unpaired(prompt=pair.prompt, completion=text, good=good, task=pair.task, place=pair.place)
         for text, good in ((pair.chosen, True), (pair.rejected, False))
     ]
+
+
+def final_answer(text: str, marker: str) -> str:
+    """Return what stands behind the last `marker`, or all of a text that has none."""
+    return text.rpartition(marker)[2].strip() if marker else text
 
 
 def open_source(options: DataOptions, seed: int) -> Source:

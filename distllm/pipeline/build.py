@@ -183,15 +183,11 @@ class Builder:
         return load_tokenizer(own)
 
     def _train_tokenizer(self, folder: Path) -> None:
-        config, text_source = self.config, self.data
-        if "documents" not in text_source.serves:
-            text_source = open_source(replace(config.data, name="stdlib"), config.run.seed)
-        texts = [d.text for d in text_source.documents("train")]
-        _log.info(
-            "Training a tokenizer of %d on data=%s.",
-            config.arch.vocab_size,
-            text_source.options.name,
-        )
+        config, texts, name = self.config, self.data.texts(), self.config.data.name
+        if texts is None:
+            name = "stdlib"
+            texts = open_source(replace(config.data, name=name), config.run.seed).texts()
+        _log.info("Training a tokenizer of %d on data=%s.", config.arch.vocab_size, name)
         aside = self.run_dir / ".tokenizer.tmp"
         shutil.rmtree(aside, ignore_errors=True)
         tokenizer = train_tokenizer(texts, config.arch.vocab_size, special_tokens(config))

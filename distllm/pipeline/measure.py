@@ -150,6 +150,7 @@ def answer_with(
         pad_id=builder.pad_id,
         decode=builder.decode,
         seed=builder.config.run.seed,
+        answer_after=builder.config.data.answer_after,
     )
 
 

@@ -154,7 +154,7 @@ def job_config(config: Config, job: Job) -> Config:
     return replace(
         composed,
         run=replace(composed.run, seed=config.run.seed),
-        arch=config.arch,
+        arch=composed.arch if _chooses(job.stage, "arch") else config.arch,
         engine=config.engine,
         hardware=config.hardware,
         tracking=config.tracking,
@@ -205,6 +205,11 @@ def _earlier(
 
 def _stage_named(options: PipelineOptions, name: str) -> PipelineStage | None:
     return next((s for s in options.stages if s.name == name), None)
+
+
+def _chooses(stage: PipelineStage, group: str) -> bool:
+    """Say whether a stage has an option of `group` of its own."""
+    return any(o.startswith(f"{group}=") for o in stage.overrides)
 
 
 def _quoted(value: str) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distllm.data.datasets import PairExample, PromptExample
 from distllm.data.skills import exact_match
+from distllm.data.source import final_answer
 from distllm.engines.base import Engine
 from distllm.generation.generate import generate
 from distllm.generation.options import GenerationOptions
@@ -52,12 +53,14 @@ class Answers:
     prompts: list[PromptExample]
     rollouts: list[Rollout]
     texts: list[str]
+    answer_after: str = ""
+    """What stands behind the last of these words in a response is its answer; empty: all of it is."""
 
     @property
     def correct(self) -> list[bool]:
         """Whether each response equals its prompt's answer."""
         return [
-            exact_match(text, p.prompt.answer or "")
+            exact_match(final_answer(text, self.answer_after), p.prompt.answer or "")
             for p, text in zip(self.prompts, self.texts, strict=True)
         ]
 
@@ -72,6 +75,7 @@ def answer(
     decode: Callable[[list[int]], str],
     seed: int = 0,
     batch_size: int = 128,
+    answer_after: str = "",
 ) -> Answers:
     """Answer each prompt once with the engine's model."""
     chosen = list(prompts)
@@ -93,7 +97,7 @@ def answer(
             return rollouts
 
         rollouts = spread(len(chosen), sample)
-    return Answers(chosen, rollouts, [decode(r.response_ids) for r in rollouts])
+    return Answers(chosen, rollouts, [decode(r.response_ids) for r in rollouts], answer_after)
 
 
 def exact_match_metrics(answers: Answers) -> dict[str, float]:

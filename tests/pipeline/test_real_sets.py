@@ -1,0 +1,54 @@
+"""The recipes for real data sets, each command as it is documented, shortened."""
+
+import json
+
+import pytest
+from shared_data import ROOT, shared
+
+from distllm.cli.main import main
+
+SHORT = [
+    "train.max_steps=2",
+    "train.global_batch_size=16",
+    "train.micro_batch_size=4",
+    "train.num_eval_samples=4",
+    "generation.max_new_tokens=6",
+    "schedule.warmup_steps=0",
+]
+
+
+def recipe(tmp_path, monkeypatch, name, *more):
+    """Run `distllm pipeline experiment=NAME` with few and small steps; return what each stage reported."""
+    monkeypatch.setenv("DISTLLM_SHARED_DATA", str(ROOT))
+    from distllm.pipeline import run
+
+    real = run.job_config
+
+    def short(config, job):
+        return real(config, _shortened(job))
+
+    monkeypatch.setattr(run, "job_config", short)
+    folder = tmp_path / name
+    tiny = ["arch.n_layers=1", "arch.vocab_size=512", "hardware.threads=1"]
+    assert main(["pipeline", f"experiment={name}", f"run.dir={folder}", *tiny, *more]) == 0
+    summary = json.loads((folder / "pipeline.json").read_text())
+    return {
+        s["name"]: json.loads((folder / s["dir"] / "result.json").read_text())
+        for s in summary["stages"]
+    }
+
+
+def _shortened(job):
+    from dataclasses import replace
+
+    return replace(job, stage=replace(job.stage, overrides=[*job.stage.overrides, *SHORT]))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*are left out")
+def test_gsm8k(tmp_path, monkeypatch):
+    shared("gsm8k", "train.jsonl")
+    stages = recipe(tmp_path, monkeypatch, "gsm8k")
+    assert list(stages) == ["sft", "grpo"]
+    assert "after/exact_match" in stages["sft"]["metrics"]
+    assert 0 <= stages["grpo"]["metrics"]["after/reward"] <= 1
