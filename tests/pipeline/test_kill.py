@@ -35,9 +35,9 @@ def start(verb, settings, folder, **environment):
     )
 
 
-def finish(process):
+def finish(process, timeout_s=280):
     """Wait for a process that must succeed."""
-    output, _ = process.communicate(timeout=280)
+    output, _ = process.communicate(timeout=timeout_s)
     assert process.returncode == 0, output[-3000:]
 
 
@@ -47,7 +47,7 @@ def kill_when(process, condition, timeout_s=120):
     while not condition():
         assert process.poll() is None, process.communicate()[0][-3000:]
         assert time.monotonic() < deadline, "the moment to kill never came"
-        time.sleep(0.01)
+        time.sleep(0.002)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     process.stdout.close()
@@ -101,17 +101,31 @@ def test_a_kill_inside_a_checkpoint_write_changes_nothing(tmp_path, parent, phas
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_a_pipeline_killed_in_every_stage_ends_like_an_undisturbed_one(tmp_path):
+@pytest.mark.timeout(4 * 3600)
+@pytest.mark.parametrize(
+    ("settings", "step"),
+    [
+        pytest.param(SMOKE, 4, id="smoke"),
+        pytest.param(["pipeline=demo", "hardware.threads=1"], 15, id="demo"),
+    ],
+)
+def test_a_pipeline_killed_in_every_stage_ends_like_an_undisturbed_one(tmp_path, settings, step):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    finish(start("pipeline", SMOKE, whole))
-    for stage in TRAINED:
-        process = start("pipeline", SMOKE, parts)
-        kill_when(process, lambda stage=stage: has_step(parts / stage, 4))
+    finish(start("pipeline", settings, whole), timeout_s=3600)
+
+    def killed_when(condition):
+        process = start("pipeline", settings, parts)
+        kill_when(process, condition, timeout_s=1800)
         assert not (parts / "pipeline.json").exists()
-    process = start("pipeline", SMOKE, parts)  # and between two stages, on a run that has none left
-    kill_when(process, lambda: (parts / "grpo" / "result.json").exists())
-    finish(start("pipeline", SMOKE, parts))
+
+    killed_when(lambda: list(parts.glob("*/checkpoints/.*.tmp")))  # inside a write
+    for stage in TRAINED:
+        killed_when(lambda stage=stage: has_step(parts / stage, step))
+        if stage != "grpo":  # and between this stage and the next
+            killed_when(lambda stage=stage: (parts / stage / "result.json").exists())
+    process = start("pipeline", settings, parts)  # and after the last
+    kill_when(process, lambda: (parts / "grpo" / "result.json").exists(), timeout_s=1800)
+    finish(start("pipeline", settings, parts), timeout_s=3600)
     for stage in TRAINED:
         assert weights_hash(whole / stage) == weights_hash(parts / stage), stage
         assert timeless_metrics(whole / stage) == timeless_metrics(parts / stage), stage
