@@ -80,7 +80,7 @@ class LMHead(nn.Module):
         return hidden if self.transform is None else self.transform(hidden)
 
     def _project(self, prepared: Tensor) -> Tensor:
-        logits = F.linear(prepared, whole(self.projection), self.bias)
+        logits = self.multiply(prepared)
         if self.softcap is None:
             return logits
         return self.softcap * torch.tanh(logits / self.softcap)
@@ -89,6 +89,10 @@ class LMHead(nn.Module):
     def _is_plain(self) -> bool:
         """True where the logits are nothing but a matrix product, which the fused functions know."""
         return self.bias is None and self.softcap is None
+
+    def multiply(self, prepared: Tensor) -> Tensor:
+        """Apply the output matrix to [..., d_model]."""
+        return F.linear(prepared, whole(self.projection), self.bias)
 
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Sum the cross-entropy over labelled positions.

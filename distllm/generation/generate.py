@@ -17,6 +17,7 @@ from distllm.errors import ConfigError
 from distllm.generation.decoding import Decoding
 from distllm.generation.labels import draw_labels
 from distllm.generation.options import GenerationOptions, check_options
+from distllm.generation.packed import packed
 from distllm.generation.weights import lowered
 from distllm.layers.precision import compute_dtype
 from distllm.types import Model, Rollout
@@ -68,7 +69,8 @@ def generate(
     if not prompt_ids:
         check_options(options)
         return []
-    with lowered(model, _dtype(model)), _inference(model):  # type: ignore[arg-type]
+    dtype, num_rows = _dtype(model), len(prompt_ids) * num_samples
+    with lowered(model, dtype), packed(model, dtype, num_rows), _inference(model):  # type: ignore[arg-type]
         if model.head_name == "classify":
             return draw_labels(
                 model,
@@ -110,7 +112,8 @@ def stream(
     The end token is yielded too. Until the stream ends or is closed the model may hold its
     matrices in the dtype of the computation; grad and eval mode are put back between tokens.
     """
-    with lowered(model, _dtype(model)):  # type: ignore[arg-type]
+    dtype = _dtype(model)
+    with lowered(model, dtype), packed(model, dtype, 1):  # type: ignore[arg-type]
         with _inference(model):
             decoding = Decoding(
                 model,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -129,5 +130,6 @@ def test_a_pipeline_killed_in_every_stage_ends_like_an_undisturbed_one(tmp_path,
     for stage in TRAINED:
         assert weights_hash(whole / stage) == weights_hash(parts / stage), stage
         assert timeless_metrics(whole / stage) == timeless_metrics(parts / stage), stage
-    tables = [json.loads((r / "pipeline.json").read_text())["table"] for r in (whole, parts)]
+    tables = [(r / "pipeline.json").read_text() for r in (whole, parts)]
+    tables = [json.loads(re.sub(r"\b\d+ s\b", "TIME", text))["table"] for text in tables]
     assert tables[0] == tables[1]

@@ -44,8 +44,8 @@ def splits_agree(name):
 
 
 def test_item_12_loss_and_gradient_do_not_depend_on_the_split():
-    law = "scale[k] * loss for k, loss in losses.items()"
-    means = "scale[k] * loss * totals[k] / (len(micro_batches) * objective.weights(batch)[k]) for k, loss in losses.items()"  # fmt: skip
+    law = "scale[k] * x for k, x in losses.items()"
+    means = "scale[k] * x * totals[k] / (len(micro_batches) * objective.weights(batch)[k]) for k, x in losses.items()"  # fmt: skip
     holds_and_notices(lambda: splits_agree("grpo"), (native, law, means))
 
 
