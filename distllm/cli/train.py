@@ -1,6 +1,7 @@
 """`distllm train`: one stage, from its config to a model directory."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from distllm.cli.arguments import split
 
@@ -45,5 +46,16 @@ def run(arguments: Sequence[str]) -> int:
             if isinstance(value, float)
             else f"  {name:<{width}}  {value}"
         )
-    print(f"Model: {result.run_dir / 'model'}\nPlots: distllm report {result.run_dir}")
+    print(f"Model: {result.run_dir / 'model'}\nReport: {_report(result.run_dir)}")
     return EXIT_DONE
+
+
+def _report(folder: Path) -> str:
+    """Write the report; a run that is complete does not fail for want of a plotting library."""
+    from distllm.errors import UserError
+    from distllm.tracking.report import write_report
+
+    try:
+        return str(write_report([folder], folder / "report.html"))
+    except UserError as error:
+        return f"none ({error})"

@@ -28,7 +28,8 @@ _RULES: dict[Rule, str] = {
     NOT_NEGATIVE: """
         stage.rollout_batch_size stage.clip_high stage.kl_coef stage.target_kl stage.entropy_coef
         stage.truncated_penalty stage.overlong_penalty stage.reward_clip stage.value_clip stage.value_lr
-        stage.value_warmup_steps stage.advantage_eps stage.off_policy_low stage.reward_retries stage.reward_workers""",
+        stage.value_warmup_steps stage.advantage_eps stage.off_policy_low stage.reward_retries stage.reward_workers
+        tracking.samples_per_step""",
     POSITIVE: "stage.reward_timeout_s stage.reward_scale stage.off_policy_high",
     SHARE: "stage.clip_low stage.gamma stage.gae_lambda stage.overlong_buffer",
     Rule(lambda v: v == 0 or v > 1, "must be above 1, or 0 to switch it off"): "stage.dual_clip",

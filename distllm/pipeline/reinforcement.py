@@ -27,9 +27,6 @@ from distllm.tracking.base import Tracker
 from distllm.train.evaluate import exact_match_metrics
 from distllm.types import Prompt, Rollout
 
-NUM_SAMPLES_KEPT = 4
-"""Responses of each batch that are written to samples.jsonl."""
-
 _log = logging.getLogger("distllm")
 
 
@@ -138,7 +135,7 @@ def build(builder: Builder) -> Parts:
     def connect(tracker: Tracker, stop_requested: Callable[[], bool]) -> None:
         source.stop_requested = stop_requested
         source.on_rollouts = lambda step, prompts, rollouts, texts: keep_samples(
-            tracker, stage.name, step, prompts, rollouts, texts
+            tracker, stage.name, config.tracking.samples_per_step, step, prompts, rollouts, texts
         )
 
     return Parts(
@@ -158,17 +155,18 @@ def build(builder: Builder) -> Parts:
 def keep_samples(
     tracker: Tracker,
     stage: str,
+    count: int,
     step: int,
     prompts: Sequence[Prompt],
     rollouts: Sequence[Rollout],
     texts: Sequence[str],
 ) -> None:
-    """Write a few of the sampled responses, spread over the batch, with what the reward function said."""
-    stride = max(1, len(rollouts) // NUM_SAMPLES_KEPT)
-    for i in range(0, len(rollouts), stride)[:NUM_SAMPLES_KEPT]:
+    """Write `count` of the sampled responses, spread over the batch, with what the reward function said."""
+    kept = range(0, len(rollouts), max(1, len(rollouts) // count)) if count else range(0)
+    for i in kept[:count]:
         tracker.sample(
             {
-                "step": step,
+                "step": step + 1,  # as in metrics.jsonl: the step that learns from it
                 "stage": stage,
                 "when": "train",
                 "prompt": prompts[i].messages[-1]["content"],

@@ -31,6 +31,7 @@ from distllm.pipeline.lineage import describe_lineage
 from distllm.pipeline.session import leave_stopped, session
 from distllm.tracking.base import Tracker, make_trackers
 from distllm.tracking.progress import progress
+from distllm.tracking.watch import Watch
 from distllm.train.checkpoint import Checkpoints
 from distllm.train.files import atomic_write_json, free_bytes
 from distllm.train.intervals import paired_interval
@@ -124,6 +125,7 @@ def _train(
     trained = {role: parts.engines[role] for role in parts.trained}
     state = RunState(checkpoints, trained, tracker.state, notes, config.run.seed)
     main = trained[parts.trained[0]]
+    watch = Watch(tracker, is_main=main.ranks.is_main, max_steps=config.train.max_steps)
 
     def measure(when: str, step: int) -> dict[str, Any]:
         with phase("evaluation"):
@@ -131,7 +133,7 @@ def _train(
         for record in samples:
             tracker.sample({"step": step, "stage": stage, "when": when, **record})
         if when != "train":  # the loop writes its own lines
-            tracker.log(step, {"stage": stage, **_scalars(metrics)})
+            watch.log(step, {"stage": stage, **_scalars(metrics)})
         return metrics
 
     def save(loop: Loop) -> None:
@@ -142,7 +144,7 @@ def _train(
         options=config.train,
         stage=stage,
         source=parts.source,
-        log=tracker.log,
+        log=watch.log,
         evaluate=lambda step: _scalars(measure("train", step)),
         save=save,
         # A failed save in the background stops the run too: the last save, which all ranks make, says why.
@@ -153,6 +155,7 @@ def _train(
     tracked = state.restore(loop)
     _meter_flops(config, trained, notes, loop.meters)
     tracker.restore(tracked or {}, loop.step)
+    watch.recall(folder / "metrics.jsonl")
     parts.connect(tracker, loop.stop_requested)
     before_s = notes["train_s"]
     if notes["before"] is None:
@@ -251,5 +254,11 @@ def _scalars(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shown(metrics: dict[str, float]) -> dict[str, float]:
-    names = {"train/loss": "loss", "rl/reward_mean": "reward", "rl/kl_ref": "kl"}
+    names = {
+        "train/loss": "loss",
+        "rl/reward_mean": "reward",
+        "rl/kl_ref": "kl",
+        "rl/entropy": "entropy",
+        "rl/response_length": "length",
+    }
     return {short: metrics[name] for name, short in names.items() if name in metrics}

@@ -30,6 +30,7 @@ from distllm.generation.options import GenerationOptions
 from distllm.generation.rollouts import pack_rollouts, spread, unpack_rollouts
 from distllm.optim.constant import Constant
 from distllm.rl.algorithm import Algorithm
+from distllm.rl.objective import effective_sample_size
 from distllm.rl.options import RLOptions
 from distllm.rl.rewards.base import Reward
 from distllm.rl.scoring import summarise
@@ -61,6 +62,9 @@ class Learning:
 
 
 _log = logging.getLogger("distllm")
+
+PHASE_TIMES = ("time/sample_s", "time/reward_s", "time/prepare_s")
+"""Seconds of the phases of this file; the loop adds `time/update_s`."""
 
 GREEDY = -1
 """`sample_index` of the greedy response that some algorithms compare with."""
@@ -139,7 +143,8 @@ class RolloutSource:
                 step
             )
             self.pending[key] = self.pending.get(key, 0.0) + time.monotonic() - clock
-        metrics, self.pending = self.pending, {}
+        # Seconds per optimizer step: a step that samples nothing counts as none, so that the phases add up.
+        metrics, self.pending = dict.fromkeys(PHASE_TIMES, 0.0) | self.pending, {}
         examples = self._mini_batch(self.next_update)
         self.next_update += 1
         if self.next_update == self.updates_per_rollout:
@@ -241,7 +246,7 @@ class RolloutSource:
         self.rollouts = [r for r in self.rollouts if r.sample_index != GREEDY]
         for rollout in self.rollouts:
             rollout.baseline = greedy.get(rollout.prompt_index, 0.0)
-        self.pending |= summarise(self.rollouts)
+        self.pending |= summarise(self.rollouts, self.options.num_samples)
         with phase("reward"):
             self.pending |= self.algorithm.prepare(self.rollouts, self.engines)
         self.next_update, self.phase = 0, "update"
@@ -276,6 +281,8 @@ class RolloutSource:
                     self.learning.lr[role],
                 )
             )
+            if role == "policy":
+                work[-1].derive = effective_sample_size
         return work
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

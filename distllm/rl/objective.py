@@ -152,13 +152,27 @@ class PolicyObjective:
             for kind in ("k1", "k2", "k3"):
                 metrics[f"rl/kl_{kind}"] = per_token(kl_estimate(logprobs, ref, kind))
         if batch.rollout_logprobs is not None:
-            gap = (old - tokens.take(batch.rollout_logprobs)).abs()
+            rollout = tokens.take(batch.rollout_logprobs)
+            gap = (old - rollout).abs()
             metrics["rl/sampler_mismatch"] = per_token(gap)
             metrics["rl/sampler_mismatch_ratio"] = per_token(gap.clamp(max=20).exp())
+            metrics["rl/sampler_kl"] = per_token(kl_estimate(rollout, old, "k3"))
             if self.options.off_policy != "none":
                 weights = self._off_policy_weights(old, batch, tokens)
                 metrics["rl/off_policy_weight"] = per_token(weights)
         return metrics
+
+
+def effective_sample_size(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return (mean ratio)^2 / mean ratio^2: the share of the tokens that an update with these weights is worth, 0 to 1.
+
+    Reference: Kong 1992, "A note on importance sampling using standardized weights".
+    """
+    square = metrics.get("rl/ratio_square", 0.0)
+    if not square > 0:
+        return {}
+    share = min(1.0, metrics["rl/ratio_mean"] ** 2 / square)  # equal ratios round to above 1
+    return {"rl/effective_sample_size": share}
 
 
 def _weighted_sum(x: Tensor, tokens: Tokens) -> Tensor:

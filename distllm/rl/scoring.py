@@ -79,8 +79,8 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
     return float(1 - (returns - values).var(unbiased=False) / variance)
 
 
-def summarise(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Describe sampled scores and lengths."""
+def summarise(rollouts: Sequence[Rollout], num_samples: int) -> dict[str, float]:
+    """Describe sampled scores and lengths; `rollouts` are ordered prompt by prompt, `num_samples` each."""
     scores = torch.tensor([r.score for r in rollouts], dtype=torch.float64)
     scored = scores[torch.isfinite(scores)]
     lengths = torch.tensor([float(len(r.response_ids)) for r in rollouts])
@@ -91,7 +91,26 @@ def summarise(rollouts: Sequence[Rollout]) -> dict[str, float]:
         "rl/unscored": 1.0 - len(scored) / len(scores),
         "rl/response_length": lengths.mean().item(),
         "rl/response_length_max": lengths.max().item(),
+        "rl/response_tokens": lengths.sum().item(),
         # Unbiased, over all responses; `rl/entropy` is exact per token, over those that were learned from.
         "rl/rollout_entropy": -logprobs.mean().item() if len(logprobs) else 0.0,
         "rl/truncated": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
-    }
+        "rl/reward_length_correlation": _correlation(scores, lengths.double()),
+    } | (_group_spread(scores.view(-1, num_samples)) if num_samples > 1 else {})
+
+
+def _group_spread(scores: Tensor) -> dict[str, float]:
+    """Describe how far the scores of one prompt's responses lie apart; `scores` is [prompts, samples]."""
+    groups = [row[torch.isfinite(row)] for row in scores]
+    spreads = torch.stack([g.std(unbiased=False) if len(g) else g.new_zeros(()) for g in groups])
+    equal = sum(bool(len(g) < 2 or g.min() == g.max()) for g in groups)
+    return {"rl/reward_group_std": spreads.mean().item(), "rl/zero_spread": equal / len(groups)}
+
+
+def _correlation(x: Tensor, y: Tensor) -> float:
+    """Return Pearson's correlation where `x` is finite; 0 where one of the two does not vary."""
+    known = torch.isfinite(x)
+    x, y = x[known], y[known]
+    if len(x) < 2 or x.min() == x.max() or y.min() == y.max():
+        return 0.0
+    return torch.corrcoef(torch.stack([x, y]))[0, 1].item()

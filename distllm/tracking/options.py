@@ -15,3 +15,6 @@ class TrackingOptions:
     """wandb project that the run is filed under."""
     run_name: str | None = free(None)
     """Name shown for the run; None takes the name of the run directory."""
+    samples_per_step: int = free(8)
+    """RL: responses of each batch that are written to `samples.jsonl`, spread over it; 0 writes none, a number as large
+    as the batch writes all."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from distllm.errors import ConfigError
 from distllm.tracking import report_tables as tables
+from distllm.tracking.advice import Advice
 from distllm.tracking.progress import duration
 from distllm.tracking.report_data import RunData, StageData, load_runs, number
 from distllm.tracking.report_panels import Member, Panels, make_panels, verdict
@@ -45,6 +46,7 @@ class StageOfRun:
     samples: list[dict[str, Any]]
     pairs: list[dict[str, Any]]
     rollouts: list[dict[str, Any]]
+    advice: list[Advice]
     config: str
 
 
@@ -94,7 +96,7 @@ def _render(runs: list[RunData]) -> str:
         versions=tables.versions(runs),
         num_open=tables.NUM_SAMPLES_OPEN,
         css=_page_file("report.css"),
-        script=_page_file("report.js"),
+        script=_page_file("report.js") + _page_file("samples.js"),
     )
 
 
@@ -181,6 +183,7 @@ def _stage_of_run(number_: int, run: RunData, stage: StageData) -> StageOfRun:
         samples=tables.sample_rows(stage),
         pairs=tables.pair_rows(stage),
         rollouts=tables.rollout_rows(stage),
+        advice=stage.advice,
         config=stage.config[:MAX_CONFIG],
     )
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from distllm.errors import DataError
+from distllm.tracking.advice import Advice, Advisor
 from distllm.tracking.lines import numbers, read_jsonl
 
 MARKERS = ("metrics.jsonl", "result.json", "samples.jsonl")
@@ -48,6 +49,8 @@ class StageData:
     lineage: dict[str, Any]
     config: str
     """The text of config.yaml."""
+    advice: list[Advice] = field(default_factory=list)
+    """What the console said when a threshold was crossed."""
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -135,11 +138,13 @@ def load_stage(folder: Path, entry: dict[str, Any]) -> StageData:
     result, lineage = read_object(folder / "result.json"), read_object(folder / "lineage.json")
     curves: dict[str, Curve] = {}
     logged_stage = None
+    advisor, advice = Advisor(), []
     for row in read_jsonl(folder / "metrics.jsonl"):
         step = number(row.get("step"))
         if step is None:
             continue
         logged_stage = row.get("stage", logged_stage)
+        advice += advisor.look(int(step), row)
         for name, value in numbers(row).items():
             curve = curves.setdefault(name, Curve())
             if curve.steps and curve.steps[-1] == step:  # logged twice: the later word counts
@@ -160,6 +165,7 @@ def load_stage(folder: Path, entry: dict[str, Any]) -> StageData:
         result=result,
         lineage=lineage,
         config=_text(folder / "config.yaml"),
+        advice=advice,
     )
 
 

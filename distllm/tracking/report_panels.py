@@ -5,12 +5,12 @@ tell what was measured in training from what was measured on held-out data.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from distllm.tracking.report_data import RunData, StageData
-from distllm.tracking.report_plots import NUM_COLORS, Plot, Series, draw, short
+from distllm.tracking.report_data import Curve, RunData, StageData
+from distllm.tracking.report_plots import NUM_COLORS, Plot, Series, draw, short, smoothed
 
 TITLES = {
     "loss": "Loss",
@@ -18,7 +18,14 @@ TITLES = {
     "rl/kl_ref": "KL to the reference",
     "rl/entropy": "Entropy",
     "rl/response_length": "Response length",
-    "rl/clip_fraction": "Clip fraction",
+    "rl/clip_fraction": "Tokens clipped",
+    "rl/kl": "KL per token, by estimator",
+    "rl/truncated": "Responses cut by the length limit",
+    "rl/zero_spread": "Groups without spread",
+    "rl/explained_variance": "Explained variance of the values",
+    "rl/effective_sample_size": "Effective sample size, share of tokens",
+    "rl/sampler_mismatch": "Sampler against trainer, |log-ratio| per token",
+    "time": "Seconds per step, by phase",
     "eval/exact_match": "Exact match, held out",
     "eval/accuracy": "Pairwise accuracy, held out",
     "eval/bits_per_byte": "Bits per byte, held out",
@@ -34,9 +41,21 @@ PAIRED = {
     "rl/response_length": ("rl/response_length", "eval/response_length"),
 }
 """Panels that show a metric of training together with the same thing on held-out data."""
+GROUPED = {
+    "rl/kl": {"rl/kl_k1": "k1", "rl/kl_k2": "k2", "rl/kl_k3": "k3"},
+    "rl/clip_fraction": {"rl/clip_low": "below", "rl/clip_high": "above"},
+    "time": {
+        "time/sample_s": "sample", "time/reward_s": "reward", "time/prepare_s": "prepare",
+        "time/update_s": "update",
+    },
+}  # fmt: skip
+"""Panels of several metrics, each with its label."""
+SPREAD = {"rl/reward_mean": "rl/reward_std"}
+"""Metric -> what is drawn as a band around it, where no interval was logged."""
 RL_SMALL = (
-    "rl/kl_ref", "eval/exact_match", "rl/entropy", "rl/response_length", "rl/clip_fraction",
-    "perf/tokens_per_s",
+    "rl/kl_ref", "eval/exact_match", "rl/entropy", "rl/response_length", "rl/truncated", "rl/zero_spread",
+    "rl/kl", "rl/clip_fraction", "rl/effective_sample_size", "rl/explained_variance", "rl/sampler_mismatch",
+    "time",
 )  # fmt: skip
 SMALL = (
     "eval/exact_match", "eval/accuracy", "eval/bits_per_byte", "eval/ece", "train/grad_norm",
@@ -81,11 +100,11 @@ def make_panels(members: Sequence[Member], prefix: str, num_runs: int) -> Panels
     used: set[str] = set()
 
     def panel(key: str, width: int, height: int) -> Panel | None:
-        wanted = PAIRED.get(key, (key,))
+        wanted = GROUPED.get(key) or PAIRED.get(key, (key,))
         series, legend = _series(members, wanted, num_runs)
         if not series:
             return None
-        used.update(wanted)
+        used.update(wanted, [key])
         levels = _levels(members) if key == "loss" and not is_rl else None
         name = f"{prefix}-p{len(used)}"
         plot = draw(series, name=name, width=width, height=height, levels=levels)
@@ -99,7 +118,7 @@ def make_panels(members: Sequence[Member], prefix: str, num_runs: int) -> Panels
     main_key = "rl/reward_mean" if is_rl else "loss"
     main = panel(main_key, 740 if num_runs == 1 else 1124, 300)
     small = [panel(key, 350, 190) for key in (RL_SMALL if is_rl else SMALL)]
-    small = [one for one in small if one is not None][: 6 if is_rl else 3]
+    small = [one for one in small if one is not None][: len(RL_SMALL) if is_rl else 3]
     rest = [n for n in names if n not in used and not n.endswith(("_low", "_high"))]
     more = [panel(key, 350, 170) for key in rest[:MAX_MORE]]
     if main is None and small:
@@ -175,19 +194,26 @@ def _levels(members: Sequence[Member]) -> dict[str, float] | None:
 def _series(
     members: Sequence[Member], wanted: Iterable[str], num_runs: int
 ) -> tuple[list[Series], list[tuple[str, int, str]]]:
-    """Return the lines for the metrics `wanted` of every member, and the legend."""
+    """Return the lines for the metrics `wanted` of every member, and the legend; a mapping names each metric."""
     series, legend = [], []
+    labels = wanted if isinstance(wanted, Mapping) else {}
     for number, run, stage in members:
-        for name in wanted:
+        for place, name in enumerate(wanted, 1):
             curve = stage.curves.get(name)
             if curve is None or not any(math.isfinite(v) for v in curve.values):
                 continue
             heldout = name.startswith("eval/")
-            color = (number - 1) % NUM_COLORS + 1 if num_runs > 1 else 2 if heldout else 1
+            color = place if labels else 2 if heldout else 1
+            color = (number - 1) % NUM_COLORS + 1 if num_runs > 1 else color
             kind = "held out" if heldout else "sampled" if name.startswith("rl/") else "training"
+            kind = labels.get(name, kind)
             label = kind if num_runs == 1 else f"{run.name}, {kind}"
             low, high = (stage.curves.get(f"{name}_{end}") for end in ("low", "high"))
             band = low and high and low.steps == high.steps == curve.steps
+            spread = stage.curves.get(SPREAD.get(name, ""))
+            if not band and spread and spread.steps == curve.steps and len(members) == 1:
+                low, high = _around(curve, spread)
+                band = True
             series.append(
                 Series(
                     label=label,
@@ -203,6 +229,16 @@ def _series(
             )
             legend.append((label, color, "dots" if heldout else "line"))
     return series, legend if len(legend) > 1 else []
+
+
+def _around(curve: Curve, spread: Curve) -> tuple[Curve, Curve]:
+    """Return the curve with the spread taken off and put on, smoothed as the line between them is."""
+    middle, width = smoothed(curve.values), smoothed(spread.values)
+    pairs = list(zip(middle, width, strict=True))
+    return (
+        Curve(curve.steps, [m - w for m, w in pairs]),
+        Curve(curve.steps, [m + w for m, w in pairs]),
+    )
 
 
 def describe_level(value: float) -> str:

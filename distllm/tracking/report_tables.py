@@ -13,6 +13,9 @@ from distllm.tracking.report_plots import short
 NUM_SAMPLES_OPEN = 5
 MAX_SAMPLES = 40
 MAX_TEXT = 4000
+MAX_ROLLOUTS = 4000
+"""Texts sampled while training that the page holds; of more, some steps are left out."""
+MAX_ROLLOUT_TEXT = 1200
 NAMES = {
     "ece": "calibration error (ECE)",
     "kl_ref": "KL to the reference",
@@ -127,13 +130,34 @@ def pair_rows(stage: StageData) -> list[dict[str, Any]]:
 
 
 def rollout_rows(stage: StageData) -> list[dict[str, Any]]:
-    """Return the last texts sampled while training."""
-    rows = [
-        {"step": value_text(r.get("step")), "prompt": text(r.get("prompt")), **_sample_cell(r)}
+    """Return the texts sampled while training, oldest first, for the page's script to browse; few numbers, no markup."""
+    found = [
+        r
         for r in stage.samples
         if r.get("when", "train") not in ("before", "after") and "response" in r
     ]
-    return rows[-MAX_SAMPLES:][::-1]
+    stride = -(-len(found) // MAX_ROLLOUTS) if found else 1
+    steps = {
+        step: i for i, step in enumerate(dict.fromkeys(value_text(r.get("step")) for r in found))
+    }
+    rows = []
+    for record in found:
+        step, cell = value_text(record.get("step")), _sample_cell(record)
+        if steps[step] % stride and steps[step] != len(steps) - 1:
+            continue  # whole steps are left out, never a part of one
+        rows.append(
+            {
+                "step": step,
+                "prompt": text(record.get("prompt"))[:MAX_ROLLOUT_TEXT],
+                "response": cell["response"][:MAX_ROLLOUT_TEXT],
+                "answer": text(record.get("answer"))[:MAX_ROLLOUT_TEXT],
+                "right": cell["right"],
+                "reward": number(record.get("reward")),
+                "tokens": number(record.get("tokens")),
+                "cut": record.get("finish_reason") == "length",
+            }
+        )
+    return rows
 
 
 def lineage_rows(run: RunData) -> list[dict[str, str]]:

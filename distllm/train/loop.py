@@ -6,7 +6,7 @@ Pretraining, SFT and reward modelling differ from each other, and from RL, only 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -33,6 +33,8 @@ class Work:
     schedule: Constant
     lr: float
     """Peak learning rate; the schedule scales it."""
+    derive: Callable[[Mapping[str, float]], dict[str, float]] = lambda metrics: {}
+    """Metrics that follow from the means of the whole step, such as a ratio of two."""
 
 
 class Source(Protocol):
@@ -80,11 +82,10 @@ class Loop:
         options = self.options
         while self.step < options.max_steps and not self.stop_requested():
             started = time.monotonic()
-
             handed, tokens = self.source.next(self.step), 0
             if handed is None:
                 break
-            work, metrics = handed
+            (work, metrics), handed_at = handed, time.monotonic()
             for part in work:
                 lr = part.lr * part.schedule.ratio(self.step)
                 result = optimizer_step(part.engine, part.objective, part.micro_batches, lr)
@@ -92,7 +93,7 @@ class Loop:
                 metrics |= self._named(part, result)
                 tokens = tokens or result.num_tokens
             self.step += 1
-
+            metrics["time/update_s"] = time.monotonic() - handed_at
             self.meters.add(metrics, work, tokens, time.monotonic() - started)
             self.progress(self.step, metrics)
             if self.step % options.log_every_steps == 0 or self.step == options.max_steps:
@@ -123,4 +124,4 @@ class Loop:
         named[f"{prefix}/lr"] = part.lr * part.schedule.ratio(self.step)
         for key, value in result.metrics.items():
             named[key if "/" in key else f"{prefix}/{key}"] = value
-        return named
+        return named | part.derive(named)

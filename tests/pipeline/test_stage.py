@@ -70,10 +70,17 @@ def test_metrics_and_result_have_the_promised_names(tmp_path, parent):
     assert trained["stage"] == "ppo" and trained["step"] == 2
     for name in (
         "perf/tokens_per_s", "mem/peak_gib", "rl/reward_mean", "rl/kl_ref", "rl/entropy",
-        "rl/response_length", "rl/clip_fraction", "value/loss",
+        "rl/response_length", "rl/clip_fraction", "value/loss", "rl/reward_std", "rl/kl_k1", "rl/kl_k2", "rl/kl_k3",
+        "rl/clip_low", "rl/clip_high", "rl/explained_variance", "rl/truncated", "rl/effective_sample_size",
+        "rl/sampler_mismatch", "rl/sampler_kl", "time/sample_s", "time/reward_s", "time/prepare_s", "time/update_s",
     ):  # fmt: skip
         assert name in trained, name
+    phases = sum(trained[f"time/{name}_s"] for name in ("sample", "reward", "prepare", "update"))
+    assert 0.8 < phases / trained["perf/step_s"] <= 1
+    assert 0 < trained["rl/effective_sample_size"] <= 1
     assert any("eval/exact_match" in x for x in lines)
+    samples = [json.loads(x) for x in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert {x["step"] for x in samples if x["when"] == "train"} == {1, 3}  # two updates each
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["stage"] == "ppo" and result["steps"] == 4 and result["num_parameters"] > 0
 

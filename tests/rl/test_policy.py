@@ -11,7 +11,8 @@ from distllm.generation.generate import generate
 from distllm.generation.options import GenerationOptions
 from distllm.rl.algorithms.ppo import PPOOptions, ValueObjective
 from distllm.rl.layout import collate_rollouts
-from distllm.rl.scoring import explained_variance, score_logprobs
+from distllm.rl.objective import effective_sample_size
+from distllm.rl.scoring import explained_variance, score_logprobs, summarise
 from distllm.testing.rl import make_algorithm, make_rollout
 from distllm.testing.tiny import PAD_ID, VOCAB_SIZE, single_engine, tiny_decoder
 from distllm.types import IGNORE_INDEX, ModelOutput
@@ -240,3 +241,26 @@ def test_explained_variance():
     returns = torch.tensor([1.0, 2.0, 3.0])
     assert explained_variance(returns, returns) == pytest.approx(1.0)
     assert explained_variance(torch.full((3,), 2.0), returns) == pytest.approx(0.0)
+
+
+def test_the_effective_sample_size_is_that_of_the_weights():
+    weights = torch.tensor([4.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+    found = effective_sample_size(
+        {"rl/ratio_mean": weights.mean().item(), "rl/ratio_square": weights.square().mean().item()}
+    )
+    assert found["rl/effective_sample_size"] == pytest.approx(36 / 18 / 4)  # (sum w)^2 / sum w^2
+    assert effective_sample_size({"rl/ratio_mean": 1.0, "rl/ratio_square": 1 - 1e-9}) == {
+        "rl/effective_sample_size": 1.0
+    }
+
+
+def test_groups_without_spread_are_counted_whatever_the_algorithm():
+    scores = [1.0, 1.0, 0.0, 1.0, float("nan"), 2.0, 3.0, 5.0]
+    rollouts = [make_rollout([1], [2] * (i + 1), score=s) for i, s in enumerate(scores)]
+    found = summarise(rollouts, 2)
+    assert found["rl/zero_spread"] == 0.5  # two equal ones, and a lone one beside the unscored
+    assert found["rl/reward_group_std"] == pytest.approx((0 + 0.5 + 0 + 1) / 4)
+    known = [(s, i + 1) for i, s in enumerate(scores) if s == s]
+    expected = np.corrcoef(np.array(known).T)[0, 1]
+    assert found["rl/reward_length_correlation"] == pytest.approx(expected)
+    assert "rl/zero_spread" not in summarise(rollouts, 1)

@@ -84,14 +84,38 @@ def write_stage(folder: Path, name: str, round_: int, rng: random.Random, skill:
                 "mem/peak_gib": 1.1,
             }
         if step and is_rl:
-            metrics |= {
-                "rl/reward_mean": -0.3 + 1.6 * (1 - fall) + skill + rng.gauss(0, 0.12),
-                "rl/kl_ref": 0.09 * progress + abs(rng.gauss(0, 0.006)),
-                "rl/entropy": 0.9 - 0.45 * progress + rng.gauss(0, 0.02),
-                "rl/response_length": 14 + 3 * progress + rng.gauss(0, 0.7),
-                "rl/clip_fraction": 0.02 + 0.06 * progress + abs(rng.gauss(0, 0.012)),
-                "rl/reward_std": 0.8 - 0.3 * progress + rng.gauss(0, 0.03),
-            }
+            metrics |= (
+                {
+                    "rl/reward_mean": -0.3 + 1.6 * (1 - fall) + skill + rng.gauss(0, 0.12),
+                    "rl/kl_ref": 0.09 * progress + abs(rng.gauss(0, 0.006)),
+                    "rl/entropy": 0.9 - 0.45 * progress + rng.gauss(0, 0.02),
+                    "rl/response_length": 14 + 3 * progress + rng.gauss(0, 0.7),
+                    "rl/clip_fraction": 0.02 + 0.06 * progress + abs(rng.gauss(0, 0.012)),
+                    "rl/reward_std": 0.8 - 0.3 * progress + rng.gauss(0, 0.03),
+                }
+                | {
+                    f"rl/kl_{kind}": (0.09 * progress + abs(rng.gauss(0, 0.004))) / 15
+                    for kind in ("k1", "k2", "k3")
+                }
+                | {
+                    f"time/{name}_s": rng.gauss(mean, 0.03)
+                    for name, mean in (
+                        ("sample", 0.9),
+                        ("reward", 0.1),
+                        ("prepare", 0.2),
+                        ("update", 0.7),
+                    )
+                }
+                | {
+                    "rl/clip_low": 0.01 + 0.03 * progress,
+                    "rl/clip_high": 0.01 + 0.02 * progress,
+                    "rl/truncated": 0.05,
+                    "rl/zero_spread": 0.3 + 0.5 * progress,
+                    "rl/effective_sample_size": 0.97,
+                    "rl/sampler_mismatch": 2e-7,
+                    "rl/sampler_kl": 0.0,
+                }
+            )
         if step % (num_steps // 6) == 0:
             metrics |= heldout(name, fall, loss, skill)
         rows.append(metrics)
@@ -169,7 +193,10 @@ def samples(name: str, rng: random.Random) -> list[dict]:
         found.append({**common, "step": 0, "when": "before", "response": before, "answer": answer})
         found.append({**common, "step": 60, "when": "after", "response": after, "answer": answer})
         if name != "sft":
-            found.append({**common, "step": 30, "when": "train", "response": after, "reward": 0.7})
+            found += [
+                {**common, "step": step, "when": "train", "response": f"{after} {step}" * (1 + step // 40), "reward": step / 60, "tokens": step, "answer": answer, "finish_reason": "length" if step > 50 else "stop"}
+                for step in range(1, 61)
+            ]  # fmt: skip
     return found
 
 

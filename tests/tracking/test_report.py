@@ -164,7 +164,8 @@ def test_everything_a_user_wrote_is_escaped(tmp_path):
             json.dumps({"stage": "pretrain", "metrics": {f"after/{evil}": 1.0, "after/loss": 4.1}})
         )
     plain = Page(write_report([run, run], tmp_path / "report.html"))
-    assert plain.tags.count("script") == 1
+    # The page's own, and the data of one table of samples for each stage of each run.
+    assert plain.tags.count("script") == 1 + 2 * 3
     assert plain.tags.count("img") == 0
     assert plain.text.count('alert("x")') > 20
     assert {link for link in plain.links if not link.startswith("#")} == {"data:,"}
@@ -313,7 +314,7 @@ def test_collected_pairs_and_blank_answers_are_shown(tmp_path):
 
 def test_single_train_directory_is_a_run(demo, tmp_path):
     plain = Page(write_report([demo / "demo" / "ppo"], tmp_path / "report.html"))
-    assert "Clip fraction" in plain.text and "Results" not in plain.text
+    assert "Tokens clipped" in plain.text and "Results" not in plain.text
 
 
 @pytest.mark.parametrize("what", ["absent", "empty"])

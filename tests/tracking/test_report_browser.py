@@ -1,5 +1,6 @@
 """The report in a real browser: it renders in light and dark, runs without errors, and asks the network for nothing."""
 
+import html
 import json
 import re
 import shutil
@@ -147,3 +148,62 @@ def test_nothing_is_wider_than_the_screen(report, tmp_path, width):
     dom, _, _ = browse(page, tmp_path, "--dump-dom", f"--window-size={width},900")
     content, window = map(int, re.search(r'data-wide="([^"]*)"', dom)[1].split())
     assert content <= window
+
+
+BROWSE = """<script>
+  const card = document.querySelector(".browse"), out = [];
+  const see = () => {
+    const cells = [...card.querySelectorAll("tbody tr")].map((row) => row.cells);
+    out.push({
+      steps: [...new Set(cells.map((c) => c[0].innerText))], rows: cells.length,
+      first: cells.length ? cells[0][2].innerText : "", rewards: cells.map((c) => c[4].innerText),
+      status: card.querySelector("output").innerText, step: card.querySelector("select").value,
+    });
+  };
+  const press = (key) => card.querySelector(".scroll").dispatchEvent(new KeyboardEvent("keydown", { key, cancelable: true }));
+  const set = (name, value) => {
+    const control = card.querySelector("form").elements[name];
+    control.value = value;
+    control.dispatchEvent(new Event("input", { bubbles: true }));
+  };
+  see();
+  press("ArrowLeft"); see();
+  press("ArrowRight"); press("ArrowRight"); see();
+  set("step", ""); see();
+  press("PageDown"); see();
+  set("order", "high"); see();
+  set("find", "LANTERN"); see();
+  set("find", "no such text"); see();
+  const focusable = [...card.querySelectorAll("select,input,button,[tabindex]")].filter((e) => e.tabIndex === 0);
+  document.body.dataset.out = JSON.stringify({ out, focusable: focusable.length });
+</script></body>"""
+
+
+def test_samples_are_browsed_by_step_page_order_and_text_with_the_keyboard(report, tmp_path):
+    page = tmp_path / "probe.html"
+    page.write_text(report.read_text().replace("</body>", BROWSE))
+    dom, errors, urls = browse(page, tmp_path, "--dump-dom")
+    assert "CONSOLE" not in errors and urls == set()
+    found = json.loads(html.unescape(re.search(r'data-out="([^"]*)"', dom)[1]))
+    start, back, end, every, second, high, lantern, none = found["out"]
+    assert (start["steps"], start["rows"]) == (["60"], 7)
+    assert start["status"] == "1 to 7 of 7, mean reward 1"
+    assert back["steps"] == ["59"] and back["step"] == "59"
+    assert end["steps"] == ["60"]  # the last step is the end
+    assert every["rows"] == 10 and every["status"].startswith("1 to 10 of 420")
+    assert second["status"].startswith("11 to 20 of 420")
+    assert set(high["rewards"][:7]) == {"1"} and high["status"].startswith("1 to 10")
+    assert lantern["status"].startswith("1 to 10 of 60")
+    assert none["rows"] == 0 and none["status"] == "none"
+    assert found["focusable"] == 8  # two lists, a search, four buttons, the table itself
+
+
+def test_without_its_script_the_page_still_shows_the_last_samples(report, tmp_path):
+    page = tmp_path / "still.html"
+    page.write_text(
+        re.sub(r'"use strict".*?</script>', "</script>", report.read_text(), flags=re.S)
+    )
+    dom, _, _ = browse(page, tmp_path, "--dump-dom")
+    table = dom[dom.index('class="samples rollouts"') :]
+    assert table[: table.index("</table>")].count("<tr>") == 1 + 5
+    assert re.search(r'class="controls" hidden', dom)
