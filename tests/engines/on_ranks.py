@@ -4,11 +4,12 @@ import functools
 
 import test_step
 import torch
+from patched import planted
 from test_step import NAMES, case, gradients, largest_difference
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distllm import registry
-from distllm.engines import collectives, processes
+from distllm.engines import collectives, fsdp, processes
 from distllm.engines.base import build_engine
 from distllm.engines.mesh import MeshOptions
 from distllm.engines.options import HardwareOptions
@@ -100,6 +101,13 @@ class Counter(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+TALKATIVE = (
+    "self._plain.eval()",
+    "self._plain.eval(); self._plain.register_forward_pre_hook(lambda *_: dist.all_reduce(torch.zeros(1)))",
+)
+"""A bug: the model that samples tells the other ranks something in each forward."""
+
+
 def sampling(options):
     """Count the collectives of a rollout of few and of many tokens; then let the ranks do unequally much."""
     model = tiny_decoder(vocab_size=40)
@@ -117,6 +125,9 @@ def sampling(options):
         return [r.response_ids for r in found], counter.count, same
 
     few, many = roll(2, 3), roll(20, 3)
+    with planted(fsdp, *TALKATIVE):
+        chatty = [roll(n, 3)[1] for n in (2, 20)]
+    engine._plain._forward_pre_hooks.clear()
     roll(20 if rank else 2, 1 + rank)  # a rank that ends early must not leave the others waiting
     alone = single_engine(tiny_decoder(vocab_size=40), trained=False)
     with alone.sampling() as plain:
@@ -129,6 +140,7 @@ def sampling(options):
             engine.infer(lambda m: m(torch.tensor([[3, 5, 7]]), compute_logits=False))
     return {
         "counts": [few[1], many[1], counter.count],
+        "with a message per forward": chatty,
         "weights": few[2] and many[2],
         "greedy": many[0] == [r.response_ids for r in reference],
         "on meta again": all(p.is_meta for p in getattr(engine, "_plain", model).parameters()),

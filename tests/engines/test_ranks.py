@@ -7,13 +7,14 @@ import pytest
 from distllm.testing.gloo import run_on
 
 TESTS = Path(__file__).resolve().parents[1]
+PATHS = [TESTS / "engines", TESTS / "train", TESTS]
 LAYOUTS = ["ddp", "fsdp", "no_sync", "hsdp", "tp"]
 
 
 @pytest.fixture(scope="module")
 def ranks():
     """One launch for all checks."""
-    return run_on(2, "on_ranks:checks", path=[TESTS / "engines", TESTS / "train"])
+    return run_on(2, "on_ranks:checks", path=PATHS)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -41,11 +42,13 @@ def test_a_mean_of_means_over_ranks_would_be_noticed(ranks, layout):
 
 
 @pytest.mark.parametrize("layout", ["fsdp", "tp"])
-def test_a_rollout_gathers_the_weights_once_whatever_its_length(ranks, layout):
+def test_item_39_a_rollout_gathers_the_weights_once_whatever_its_length(ranks, layout):
     for rank in ranks:
         found = rank["sampling"][layout]
         few, many, through_the_wrapper = found["counts"]
         assert few == many > 0
+        few_with_bug, many_with_bug = found["with a message per forward"]
+        assert few_with_bug < many_with_bug, "the count would notice the bug"
         assert found["weights"] and found["greedy"] and found["on meta again"]
         if layout == "fsdp":
             assert many == 3  # two blocks, and what lies around them
@@ -69,7 +72,6 @@ def test_messages(ranks):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_compiled_blocks_obey_the_law_too():
-    paths = [TESTS / "engines", TESTS / "train"]
-    for rank in run_on(2, "on_ranks:compiled", path=paths, timeout_s=800):
+    for rank in run_on(2, "on_ranks:compiled", path=PATHS, timeout_s=800):
         for name, found in rank.items():
             assert found["sft right"] < 1e-10, name

@@ -274,7 +274,7 @@ def full_forward_logprobs(model, rollout, temperature=1.0):
 
 
 def check_logprobs(module, model):
-    """Trap 29: what is reported is the distribution drawn from, recomputed by a full forward."""
+    """What is reported is the distribution drawn from, recomputed by a full forward."""
     for settings in (
         {},
         {"temperature": 0.7},
@@ -300,7 +300,7 @@ def check_logprobs(module, model):
             torch.testing.assert_close(rollout.rollout_logprobs.double(), picked, rtol=0, atol=1e-4)
 
 
-def test_trap_29_logprobs(model, monkeypatch):
+def test_item_29_logprobs_are_of_the_distribution_that_was_drawn_from(model, monkeypatch):
     check_logprobs(ours, model)
     for old, new in [
         (

@@ -23,7 +23,7 @@ def change(model):
             parameter.add_(torch.sign(parameter), alpha=0.05)
 
 
-def check_trap_37_nothing_stale(lowered, monkeypatch):
+def check_nothing_stale(lowered, monkeypatch):
     """After an update the sampler follows a fresh model that has the new weights."""
     monkeypatch.setattr(ours, "lowered", lowered)
     model = tiny()
@@ -37,8 +37,8 @@ def check_trap_37_nothing_stale(lowered, monkeypatch):
     assert second != first
 
 
-def test_trap_37_nothing_stale(monkeypatch):
-    check_trap_37_nothing_stale(weights.lowered, monkeypatch)
+def test_item_37_nothing_of_the_weights_before_an_update_is_left(monkeypatch):
+    check_nothing_stale(weights.lowered, monkeypatch)
     kept = with_bug(
         weights,
         "cast = parameter.detach().to(dtype)",
@@ -46,7 +46,7 @@ def test_trap_37_nothing_stale(monkeypatch):
         ".setdefault(id(parameter), parameter.detach().to(dtype))",
     )
     with pytest.raises(AssertionError):
-        check_trap_37_nothing_stale(kept.lowered, monkeypatch)
+        check_nothing_stale(kept.lowered, monkeypatch)
 
 
 def uneven():

@@ -294,7 +294,7 @@ def test_at_the_start_policy_and_reference_agree():
     assert model.embed.weight.grad.norm() > 1e-3
 
 
-def test_checklist_26_ipo_averages_unless_told_otherwise():
+def test_item_26_ipo_averages_unless_told_otherwise():
     """The two conventions differ, and each is chosen by name; without the division they would not."""
     averaged, summed = (
         DPO(DPOOptions(beta=0.5, loss="ipo", reduction=r), PAD_ID, None).losses(PAIRS)

@@ -61,7 +61,7 @@ def test_loss_equals_trl():
     assert (ours["pairs"] + 0.1 * ours["center"]) / 3 == pytest.approx(theirs.item(), rel=1e-6)
 
 
-def test_checklist_22_the_log_sigmoid_is_stable():
+def test_item_22_the_log_sigmoid_is_stable():
     for size in (1.0, 100.0, 1e4):
         found = loss_of(([-size], [size]), RewardOptions())["pairs"]
         assert found == pytest.approx(2 * size if size > 1 else math.log1p(math.exp(2)), rel=1e-6)
@@ -74,7 +74,7 @@ def test_checklist_22_the_log_sigmoid_is_stable():
 
 
 @pytest.mark.parametrize("pad_id", [PAD_ID, 36])
-def test_checklist_21_the_score_is_read_at_the_last_real_token(pad_id):
+def test_item_21_the_score_is_read_at_the_last_real_token(pad_id):
     """Under right, left and more padding, in any batch, and where the padding is a token that also occurs in answers."""
     model = tiny_decoder("last").double()
     objective = Reward(RewardOptions(), pad_id, model.join)

@@ -3,6 +3,7 @@
 import math
 from types import SimpleNamespace
 
+import checklist_on_ranks
 import torch
 from recorded import NAMES, case, gradients, largest_difference, recorded
 
@@ -44,6 +45,7 @@ def everything():
             "loops": {name: loop(name, options) for name in ("grpo", "ppo", "remax", "dapo")},
             "functions": functions(),
             "masked": masked_rank(options),
+            "items": checklist_on_ranks.items(options),
         }
 
 

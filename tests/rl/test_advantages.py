@@ -162,7 +162,7 @@ def check_trap_17_zero_spread(module):
     assert fraction == 0.5
 
 
-def test_trap_17_zero_spread():
+def test_item_17_zero_spread():
     check_trap_17_zero_spread(advantages)
     refused(
         check_trap_17_zero_spread,
@@ -172,7 +172,7 @@ def test_trap_17_zero_spread():
     refused(check_trap_17_zero_spread, "float((~spread).sum())", "float(spread.sum()) * 0")
 
 
-def test_trap_17_group_of_one_is_refused():
+def test_item_17_group_of_one_is_refused():
     with pytest.raises(ConfigError, match=r"num_samples=1: .* at least 2\. Set num_samples=8"):
         advantages.group_advantages(torch.tensor([[1.0], [2.0]]))
     lax = with_bug(advantages, "if num_samples < 2:", "if num_samples < 1:")
@@ -198,7 +198,7 @@ def check_trap_18_unscorable(module):
         assert fraction == 0.5
 
 
-def test_trap_18_unscorable():
+def test_item_18_unscorable():
     check_trap_18_unscorable(advantages)
     refused(
         check_trap_18_unscorable, "scored = torch.isfinite(rewards)", "scored = rewards == rewards"
@@ -263,7 +263,7 @@ def check_trap_16_statistics_are_global(module):
         assert next(calls, None) is None
 
 
-def test_trap_16_statistics_are_global():
+def test_item_16_statistics_are_global():
     check_trap_16_statistics_are_global(advantages)
     refused(
         check_trap_16_statistics_are_global,
@@ -337,7 +337,7 @@ def check_trap_32_gradient(module):
         torch.testing.assert_close(loss, shown, rtol=0, atol=1e-12)
 
 
-def test_trap_32_gradient():
+def test_item_32_kl_as_a_loss_has_the_gradient_of_the_divergence():
     check_trap_32_gradient(advantages)
     for naive in ("k1", "k3"):
         refused(

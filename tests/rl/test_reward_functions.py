@@ -77,7 +77,7 @@ def check_trap_44(pool_module):
         reward.close()
 
 
-def test_trap_44_a_bad_response_loses_itself_only():
+def test_item_44_a_bad_response_loses_itself_only():
     check_trap_44(pool)
     for old, new in [
         # A hang that stops the run, and a NaN that passes for a reward.

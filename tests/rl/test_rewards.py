@@ -89,7 +89,7 @@ def check_trap_21_model_scores(module, head):
 
 
 @pytest.mark.parametrize("head", ["last", "likelihood"])
-def test_trap_21_model_scores(head):
+def test_item_21_model_scores(head):
     check_trap_21_model_scores(reward_module, head)
     for old, new in [
         ("zip(chosen, verdicts, strict=True)", "zip(chosen[::-1], verdicts, strict=True)"),
