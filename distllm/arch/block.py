@@ -23,6 +23,7 @@ from distllm.arch.options import (
     window_of,
 )
 from distllm.layers.attention import attention
+from distllm.layers.attention_kernels import AUTO
 from distllm.layers.cache import CrossCache, KVCache
 from distllm.layers.experts import Experts, Router
 from distllm.layers.feed_forward import FeedForward, GatedFeedForward
@@ -47,6 +48,8 @@ class Context:
     """Who sees which encoder state."""
     real: Tensor | None = None
     """[batch, seq] bool: False on padding, which must not count in an expert loss; None = all are real."""
+    kernel: str = AUTO
+    """Which attention kernel the masks are made for."""
     aux: list[dict[str, Tensor]] = field(default_factory=list)
     """Losses of the blocks themselves, filled on the way."""
 
@@ -143,6 +146,7 @@ class Attention(nn.Module):
             rotary=rotary,
             softcap=self.softcap,
             sinks=self.sinks,
+            kernel=context.kernel,
         )
         return self.out_proj(mixed.flatten(2))
 
@@ -168,7 +172,7 @@ class CrossAttention(nn.Module):
         if self.layer not in kept:
             kept[self.layer] = self._read(context.encoder_states)
         k, v = kept[self.layer]
-        mixed = attention(q, k, v, mask=context.cross_mask, scale=self.scale)
+        mixed = attention(q, k, v, mask=context.cross_mask, scale=self.scale, kernel=context.kernel)
         return self.out_proj(mixed.flatten(2))
 
     def _read(self, states: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+import torch
+
 from distllm.errors import ConfigError
+from distllm.layers.attention_kernels import Need
 
 
 class Norm(StrEnum):
@@ -268,6 +271,23 @@ def resolve_d_head(options: TransformerOptions) -> int:
             f"pairs of channels. Set arch.d_head={d_head + 1}."
         )
     return d_head
+
+
+def attention_need(
+    options: Any, device: torch.device, dtype: torch.dtype, trains: bool
+) -> Need | None:
+    """Return what a model asks of its attention kernel; None = it has no attention of ours."""
+    if not isinstance(options, TransformerOptions) or options.name == "auto":
+        return None
+    return Need(
+        device=device,
+        dtype=dtype,
+        d_head=resolve_d_head(options),
+        trains=trains,
+        bias=options.position == Position.relative,
+        softcap=options.attention_softcap is not None,
+        sinks=options.attention_sinks,
+    )
 
 
 def check_switches(options: TransformerOptions) -> None:

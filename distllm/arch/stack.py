@@ -7,6 +7,7 @@ embedding is the architecture's.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +26,10 @@ from distllm.arch.options import (
     resolve_d_head,
     window_of,
 )
+from distllm.layers.attention_kernels import AUTO, reads
 from distllm.layers.cache import KVCache
 from distllm.layers.init import InitRules
-from distllm.layers.masks import Layout, Mask, causal_bias, cross_mask, lay_out
+from distllm.layers.masks import Layout, causal_bias, cross_mask, lay_out
 from distllm.layers.positions import RelativeBias, Rotary, rotary_tables, sinusoids
 from distllm.layers.precision import compute_dtype
 from distllm.layers.rope_scaling import check_scaling
@@ -51,6 +53,8 @@ class Stack(nn.Module):
         check_switches(options)
         check_scaling(options.rope_scaling)
         self.options, self.causal = options, causal
+        self.attention_kernel = AUTO
+        """Name in `layers.attention_kernels`; an engine may set it before the first call."""
         self.d_head = resolve_d_head(options)
         self.layer_types = {str(layer_type(options, i)) for i in range(options.n_layers)}
         self.windows = {window_of(options, i) for i in range(options.n_layers)}
@@ -117,6 +121,7 @@ class Stack(nn.Module):
                 f"max_seq_len={options.max_seq_len}"
             )
         columns = None if cache is None else cache.max_seq_len
+        kernel = AUTO if past else self.attention_kernel  # the others do not read a cache
         layout = lay_out(
             (batch, seq),
             causal=self.causal,
@@ -129,16 +134,25 @@ class Stack(nn.Module):
             columns=columns,
             dtype=dtype,
             device=x.device,
+            kernel=kernel,
         )
         x = self._front(x, layout.position_ids, token_type_ids, dtype)
         if options.position == Position.relative:
             kv_seq = columns if past and columns else past + seq
-            self._add_relative_bias(layout, seq, kv_seq, past, dtype)
+            self._add_relative_bias(layout, seq, kv_seq, past, dtype, kernel)
         context = Context(masks=layout.masks, rotary=self._rotary(layout, dtype), cache=cache)
-        context.real = layout.real
+        context.real, context.kernel = layout.real, kernel
         if encoder_states is not None:
             context.encoder_states = encoder_states
-            context.cross_mask = cross_mask(segment_ids, encoder_segments, encoder_mask, dtype)
+            context.cross_mask = cross_mask(
+                segment_ids,
+                encoder_segments,
+                encoder_mask,
+                dtype,
+                shape=(batch, seq, encoder_states.shape[1]),
+                kernel=kernel,
+                device=x.device,
+            )
         for block in self.layers:
             x = block(x, context)
         if cache is not None:
@@ -198,14 +212,21 @@ class Stack(nn.Module):
         return tables
 
     def _add_relative_bias(
-        self, layout: Layout, seq: int, kv_seq: int, past: int, dtype: torch.dtype
+        self,
+        layout: Layout,
+        seq: int,
+        kv_seq: int,
+        past: int,
+        dtype: torch.dtype,
+        kernel: str,
     ) -> None:
         learned = self.relative_bias(seq, kv_seq, past).to(dtype)
         for window, mask in layout.masks.items():
             bias = mask.bias
-            if bias is None and mask.causal:
+            hides = reads(kernel, learned.device) == "bias"
+            if bias is None and mask.causal and hides:
                 bias = causal_bias(seq, dtype, learned.device)
-            layout.masks[window] = Mask(mask.causal, learned if bias is None else learned + bias)
+            layout.masks[window] = replace(mask, bias=learned if bias is None else learned + bias)
 
     def blocks(self) -> Sequence[nn.Module]:
         """Return the repeated blocks, in order."""

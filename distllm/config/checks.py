@@ -33,11 +33,13 @@ from distllm.config.rules import (
     one_of,
 )
 from distllm.config.schema import Config, leaves, options_of, supervised_stages
+from distllm.engines.attention import choose_attention
 from distllm.engines.hardware import PRECISIONS, resolve_device, resolve_precision
 from distllm.engines.memory import CHECKPOINTING
 from distllm.engines.mesh import dp_size
 from distllm.engines.options import BatchSizes
 from distllm.errors import UserError
+from distllm.layers.attention_kernels import AUTO, KERNELS
 from distllm.objectives.options import PRETRAINING
 
 
@@ -113,6 +115,7 @@ _RULES: dict[Rule, str] = {
         stage.fim_rate stage.fim_spm_rate stage.label_smoothing schedule.min_lr_ratio""",
     one_of(*PRECISIONS): "train.precision",
     one_of("auto", "cpu", "cuda"): "hardware.device",
+    one_of(AUTO, *KERNELS): "hardware.attention",
     Rule(lambda v: v in (0, 1, 2, 3), "must be 0, 1, 2 or 3"): "engine.zero_stage",
     one_of(*CHECKPOINTING): "engine.activation_checkpointing",
     one_of("last", "likelihood"): "stage.head",
@@ -238,12 +241,22 @@ def model_problems(config: Config) -> list[str]:
     """Check the model to start from against the settings and the layout of processes."""
     options = model_options(config)
     problems = parallel_problems(config, options, int(os.environ.get("WORLD_SIZE", 1)))
+    problems += attention_problems(config, options)
     if config.train.seq_len > options.max_seq_len:
         problems.append(
             f"train.seq_len={config.train.seq_len} is longer than max_seq_len={options.max_seq_len} of "
             f"model={config.model}. Set train.seq_len={options.max_seq_len}."
         )
     return problems + ability_problems(config)
+
+
+def attention_problems(config: Config, options: Any) -> list[str]:
+    """Check that the attention kernel that is asked for can serve the model on this machine."""
+    try:
+        choose_attention(options, config.hardware, config.train.precision, trains=True)
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 def machine_problems(config: Config) -> list[str]:

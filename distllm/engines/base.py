@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from distllm import registry
 from distllm.engines import collectives, processes
+from distllm.engines.attention import set_attention
 from distllm.engines.options import BatchSizes, EngineOptions, HardwareOptions
+from distllm.layers.attention_kernels import Choice
 from distllm.types import Batch, LossOutput, Objective, Ranks
 
 
@@ -30,6 +32,8 @@ class Engine(ABC):
     dtype: torch.dtype
     """Of the heavy arithmetic; weights and moments are fp32 (or fp64 where the model is)."""
     ranks: Ranks
+    attention: Choice | None = None
+    """The kernel that the model got; None = it has no attention of ours."""
     dp_group: Any = None
     """Process group of the ranks that see different data and otherwise hold the same; None is all ranks."""
     needs_group = True
@@ -151,7 +155,8 @@ def build_engine(
 ) -> Engine:
     """Put `model` under the engine that `options.name` names; without `optim` it is frozen."""
     engine = registry.get("engine", options.name)
-    return engine(
+    choice = set_attention(model, hardware, precision, optim is not None)
+    built = engine(
         role,
         model,
         options=options,
@@ -160,3 +165,5 @@ def build_engine(
         optim=optim,
         batch=batch or BatchSizes(processes.world_size()),
     )
+    built.attention = choice
+    return built

@@ -42,3 +42,7 @@ class HardwareOptions:
     """`auto` (cuda if there is one, else cpu), `cpu` or `cuda`."""
     threads: int = free(0)
     """CPU threads; 0 uses every core this process may run on, shared with the other processes of this machine."""
+    attention: str = free("auto")
+    """Attention kernel: `auto` takes the first that serves the model on this device and says why; `flash2`, `flash3`,
+    `flash4`, `sdpa_flash`, `sdpa_cudnn`, `sdpa_math`, `sdpa`, `flex`, `blocked` (CPU) or `eager` force one, and one that
+    cannot serve is an error. Generating token by token, which reads a cache, has a path of its own."""

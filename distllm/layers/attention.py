@@ -1,10 +1,23 @@
-"""Scaled dot-product attention with grouped key/value heads. Masks come from `masks.py`, rotation from `positions.py`."""
+"""Scaled dot-product attention with grouped key/value heads: the one door to every kernel.
+
+Which kernels there are and which one a model gets is in `attention_kernels.py`. Masks come from `masks.py`, rotation from
+`positions.py`.
+"""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distllm.layers import pieces
+from distllm.layers.attention_kernels import AUTO, KERNELS, reads
 from distllm.layers.blocked_attention import blocked_attention
+from distllm.layers.flex_attention import flex
 from distllm.layers.masks import Mask, causal_bias
 from distllm.layers.positions import Rotary, rotate
 from distllm.layers.precision import wide
@@ -23,6 +36,7 @@ def attention(
     rotary: Rotary | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    kernel: str = AUTO,
 ) -> Tensor:
     """Let every query gather values.
 
@@ -35,10 +49,15 @@ def attention(
         rotary: turn queries and keys first (cos, sin), each [1 or batch, seq, d_head], half style.
         softcap: squash the scores to (-softcap, softcap).
         sinks: [n_heads], one more logit per head in the softmax, whose probability goes nowhere.
+        kernel: a name of `attention_kernels.KERNELS`, for which the mask was made; `auto` looks at every call anew.
 
     Returns:
         [batch, seq, n_heads, d_head].
     """
+    if kernel not in (AUTO, "blocked"):
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        return _with(kernel, q, k, v, mask, scale, softcap, sinks)
     bias = mask.bias
     special = softcap is not None or sinks is not None
     learned = bias is not None and bias.requires_grad
@@ -52,17 +71,110 @@ def attention(
         return written_out(q, k, v, bias, scale, softcap, sinks)
     if q.shape[1] == 1:
         return _one_query(q, k, v, bias, scale)
+    return _torchs(q, k, v, mask, scale)
+
+
+def _with(
+    kernel: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attend with one kernel, whatever the call."""
+    q, k = q.to(v.dtype), k.to(v.dtype)  # rotation and norms may have widened them
+    form = reads(kernel, q.device)
+    if form == "pieces":
+        assert mask.pieces is not None
+        options = {"scale": scale, "window": mask.window, "softcap": softcap}
+        varlen = varlen_kernel(kernel)
+        return pieces.run(varlen, q, k, v, mask.pieces, causal=mask.causal, **options)
+    if form == "block_mask":
+        seen = {"mask": mask.block_mask, "bias": mask.bias}
+        return flex(q, k, v, scale=scale, softcap=softcap, sinks=sinks, **seen)
+    bias = mask.bias
+    if kernel == "eager":
+        if bias is None and mask.causal:
+            bias = causal_bias(q.shape[1], q.dtype, q.device)
+        return written_out(q, k, v, bias, scale, softcap, sinks)
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    backends = {
+        "sdpa_flash": SDPBackend.FLASH_ATTENTION,
+        "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
+        "sdpa_math": SDPBackend.MATH,
+    }
+    if kernel not in backends:
+        return _torchs(q, k, v, mask, scale)
+    with sdpa_kernel(backends[kernel]):
+        return _torchs(q, k, v, mask, scale)
+
+
+def _torchs(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(
         q,
         k,
         v,
-        attn_mask=bias,
-        is_causal=mask.causal and bias is None,
+        attn_mask=mask.bias,
+        is_causal=mask.causal and mask.bias is None,
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
     return out.transpose(1, 2)
+
+
+@functools.cache
+def varlen_kernel(name: str) -> Callable[..., Tensor]:
+    """Return a variable-length kernel, to be called as `pieces.run` does."""
+    if name == "sdpa_flash":
+        from torch.nn.attention.varlen import varlen_attn
+
+        def torchs(q: Tensor, k: Tensor, v: Tensor, part: pieces.Pieces, **how: Any) -> Tensor:
+            left = -1 if how["window"] is None else how["window"] - 1
+            found = varlen_attn(
+                q,
+                k,
+                v,
+                part.cu_queries,
+                part.cu_keys,
+                part.max_queries,
+                part.max_keys,
+                scale=how["scale"],
+                window_size=(left, 0 if how["causal"] else left),
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+            assert isinstance(found, Tensor)
+            return found
+
+        return torchs
+    function = importlib.import_module(KERNELS[name].package or "").flash_attn_varlen_func
+    known = inspect.signature(function).parameters
+
+    def flash(q: Tensor, k: Tensor, v: Tensor, part: pieces.Pieces, **how: Any) -> Tensor:
+        left = _unlimited(name) if how["window"] is None else how["window"] - 1
+        given = {
+            "cu_seqlens_q": part.cu_queries,
+            "cu_seqlens_k": part.cu_keys,
+            "max_seqlen_q": part.max_queries,
+            "max_seqlen_k": part.max_keys,
+            "softmax_scale": how["scale"],
+            "causal": how["causal"],
+            "window_size": (left, _unlimited(name) if how["causal"] else left),
+            "softcap": how["softcap"] or 0.0,
+        }
+        # Not every version knows the longest piece; some return the normalisers too.
+        found = function(q, k, v, **{key: x for key, x in given.items() if key in known})
+        return found[0] if isinstance(found, tuple) else found
+
+    return flash
+
+
+def _unlimited(name: str) -> int | None:
+    return None if name == "flash4" else -1
 
 
 def written_out(

@@ -6,10 +6,15 @@ padding is segment 0. So no row of the attention matrix is ever empty, and paddi
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from distllm.layers.attention_kernels import AUTO, reads
+from distllm.layers.flex_attention import block_mask
+from distllm.layers.pieces import Pieces, cut
 
 
 @dataclass(slots=True)
@@ -21,6 +26,11 @@ class Mask:
     bias: Tensor | None = None
     """[1 or batch, 1 or n_heads, seq, kv_seq], added to the scores: 0 where a query sees a key, a large negative number
     elsewhere. It holds all there is to know; None = everything is seen, but for what `causal` hides."""
+    pieces: Pieces | None = None
+    """In place of `bias`, for kernels that read it; `causal` and `window` hold within each piece."""
+    window: int | None = None
+    block_mask: Any = None
+    """In place of `bias`, for FlexAttention; then `bias` is what is added to the scores and hides nothing."""
 
 
 @dataclass(slots=True)
@@ -48,6 +58,7 @@ def lay_out(
     columns: int | None = None,
     dtype: torch.dtype,
     device: torch.device,
+    kernel: str = AUTO,
 ) -> Layout:
     """Derive positions and masks of a stack of self-attention layers.
 
@@ -68,6 +79,7 @@ def lay_out(
         columns: how many keys there are with `past` > 0: the cache's whole width, written or not.
         dtype: dtype of the bias.
         device: where to put new tensors.
+        kernel: of `attention_kernels.KERNELS`: decides the form of the masks.
     """
     batch, seq = shape
     if segment_ids is not None and past:
@@ -92,7 +104,13 @@ def lay_out(
     prefix = _prefix(prefix_lengths, seq, attention_mask, segment_ids, past, device)
     unwritten = (columns or past + seq) - past - seq if past else 0
     masks = {}
+    form = reads(kernel, device)
     for window in set(windows):
+        if form != "bias" and not past:
+            masks[window] = _structured(
+                form, (batch, seq, seq), segments, segments, prefix, causal, window, device
+            )
+            continue
         within = None if window is None or window >= past + seq else window
         plain = segments is None and prefix is None and within is None and not past
         bias = (
@@ -109,6 +127,10 @@ def cross_mask(
     keys: Tensor | None,
     key_mask: Tensor | None,
     dtype: torch.dtype,
+    *,
+    shape: tuple[int, int, int] | None = None,
+    kernel: str = AUTO,
+    device: torch.device | None = None,
 ) -> Mask:
     """Derive the mask of attention from one sequence to another.
 
@@ -117,7 +139,16 @@ def cross_mask(
         keys: [batch, kv_seq] segment ids of packed keys.
         key_mask: [batch, kv_seq], True on real keys.
         dtype: dtype of the bias.
+        shape: (batch, seq, kv_seq), which kernels that read no bias want to know.
+        kernel: of `attention_kernels.KERNELS`.
+        device: where to put new tensors.
     """
+    if shape is not None and device is not None and reads(kernel, device) != "bias":
+        real_keys = keys
+        if key_mask is not None:
+            real_keys = key_mask.long() if keys is None else keys * key_mask
+        form = reads(kernel, device)
+        return _structured(form, shape, queries, real_keys, None, False, None, device)
     visible = None
     if queries is not None and keys is not None:
         visible = queries[:, :, None] == keys[:, None, :]
@@ -125,6 +156,24 @@ def cross_mask(
         real = key_mask.bool()[:, None, :]
         visible = real if visible is None else visible & real
     return Mask(bias=None if visible is None else _additive(~visible[:, None], dtype))
+
+
+def _structured(
+    form: str,
+    shape: tuple[int, int, int],
+    queries: Tensor | None,
+    keys: Tensor | None,
+    prefix: Tensor | None,
+    causal: bool,
+    window: int | None,
+    device: torch.device,
+) -> Mask:
+    """Say who sees whom without a number per pair."""
+    if form == "pieces":
+        found = cut(shape, queries, keys, prefix, device)
+        return Mask(causal=causal, window=window, pieces=found)
+    made = block_mask(shape, queries, keys, prefix, causal=causal, window=window, device=device)
+    return Mask(causal=causal, window=window, block_mask=made)
 
 
 def causal_bias(seq: int, dtype: torch.dtype, device: torch.device) -> Tensor:

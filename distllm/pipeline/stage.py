@@ -87,6 +87,8 @@ def run_stage(config: Config, stop: StopFlag | None = None) -> StageResult:
             first.ranks.world_size,
             threads,
         )
+        if first.attention is not None:
+            _log.info("Attention: %s: %s.", first.attention.name, first.attention.reason)
         tracker = make_trackers(config.tracking, folder, first.ranks.is_main, to_dict(config))
         try:
             return _train(config, folder, builder, parts, tracker, stop)
