@@ -148,7 +148,7 @@ def _transfers(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _times(rows: Mapping[str, float]) -> None:
-    print("\nstep time (predicted; how far to trust it: benchmarks/plan_published.py)")
+    print("\nstep time (predicted; how far to trust it: docs/plan.md)")
     for label, value in rows.items():
         if label.startswith("MFU"):
             shown = f"{value:.1%}"

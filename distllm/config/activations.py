@@ -41,6 +41,10 @@ class MicroBatch:
     """Weights of blocks are kept in fp32 and copied to the dtype of the arithmetic where they are used (autocast)."""
     tp: int = 1
     """Processes that split each matrix product; with sequence parallel norms the residual stream is split too."""
+    stream: int = _FP32
+    """Bytes of a number of the residual stream. Ours is always fp32; frameworks that cast whole models keep 2."""
+    selected: float = 1.0
+    """Share of the products' results that selective checkpointing keeps. Ours keeps all."""
 
     @property
     def tokens(self) -> int:
@@ -97,7 +101,7 @@ def block_held(shape: ModelShape, work: MicroBatch) -> Held:
 
 def _norm_held(tokens: int, d: int, work: MicroBatch) -> int:
     """Input and reciprocal norm; outside the CPU's own kernel also the scaled input and three numbers per token."""
-    held = _FP32 * tokens * (d + 1)
+    held = tokens * (work.stream * d + _FP32)
     return held if work.on_cpu or work.compiled else held + _FP32 * tokens * (d + 2)
 
 
@@ -113,6 +117,23 @@ def _attention_held(shape: ModelShape, work: MicroBatch) -> int:
     if _keeps_probabilities(work):
         return held + e * work.batch * heads * visible_pairs(work.seq)
     return held + _FP32 * tokens * heads  # log-sum-exp of a fused kernel
+
+
+def kept_by_recomputation(shape: ModelShape, work: MicroBatch) -> int:
+    """Count what a block holds until its backward, when what is missing then is computed again."""
+    held = work.stream * work.tokens // work.tp * shape.d_model  # its input
+    held += _RNG_STATE if work.on_cpu else 0
+    if work.checkpointing != "selective":
+        return held
+    q, k, heads = (n // work.tp for n in (shape.q_width, shape.kv_width, shape.n_heads))
+    # Results of products: queries, keys, values, gate and up are cut by tp; the output projection's and down's are sums
+    # of whole rows. Attention written out in products is computed again; a fused kernel's result is kept.
+    inner = (2 if shape.gated else 1) * shape.d_ff // work.tp
+    products = work.element * work.tokens * (q + 2 * k + inner + 2 * shape.d_model)
+    held += int(work.selected * products)
+    if not _keeps_probabilities(work):
+        held += work.tokens * (work.element * q + _FP32 * heads)
+    return held
 
 
 def _keeps_probabilities(work: MicroBatch) -> bool:
@@ -158,15 +179,17 @@ def moments(shape: ModelShape, work: MicroBatch) -> list[Moment]:
     The gradient that the loss gives a tied embedding waits, as a temporary, for the embedding's own at the very end.
     """
     e, d, tokens = work.element, shape.d_model, work.tokens
-    stream = _FP32 * tokens // work.tp * d
+    stream = work.stream * tokens // work.tp * d
     block = block_held(shape, work)
-    recomputes = work.checkpointing == "full"
-    kept = stream + (_RNG_STATE if work.on_cpu else 0) if recomputes else block.total
+    recomputes = work.checkpointing != "none"
+    kept = kept_by_recomputation(shape, work) if recomputes else block.total
     blocks = shape.n_layers * kept
     bias = e * work.batch * work.seq**2 if work.packed else 0
     tables = 2 * e * (tokens if work.packed else work.seq) * shape.d_head
     shared = tables + (bias if recomputes or not _keeps_probabilities(work) else 0)
-    final = _FP32 * tokens * (d + 1)  # outside the blocks every process holds whole sequences
+    final = tokens * (
+        work.stream * d + _FP32
+    )  # outside the blocks every process holds whole sequences
     cached = shape.n_layers * block.copies if recomputes else 0
     hidden = e * tokens * d
 
@@ -174,7 +197,9 @@ def moments(shape: ModelShape, work: MicroBatch) -> list[Moment]:
     waiting = head if shape.tied else 0
     loss_forward, loss_backward = loss_bytes(shape, work)
     inner = e * tokens * shape.d_ff // work.tp
-    again = block.total - stream if recomputes else 0
+    # The block at work holds everything; of what was kept for it only the last product's result is left, unread.
+    again = block.total - kept if recomputes else 0
+    again += hidden if work.checkpointing == "selective" else 0
     norm_temporaries = 3 * _FP32 * tokens * d + (hidden if e < _FP32 else 0)
 
     # Weights that have their gradient.

@@ -135,7 +135,7 @@ def _tensor_parallel(
         return []
     stream = work.element * work.tokens * shape.d_model
     calls = 2 * stage_layers(shape, layout) * accum
-    again = 2 if work.checkpointing == "full" else 1
+    again = 1 if work.checkpointing == "none" else 2
     hidden = layout.overlaps_tp
     return [
         Transfer("gather the stream", "all_gather", stream, calls,

@@ -75,7 +75,7 @@ def layout_of(options: Any, world_size: int) -> Layout:
         reshard=getattr(options, "reshard_after_forward", True),
         reduces_once=stage < 2 or getattr(options, "no_sync", False),
         offload_optimizer=offloads or getattr(options, "offload_optimizer", False),
-        offload_weights=offloads or getattr(options, "offload_parameters", False),
+        offload_weights=offloads or getattr(options, "offload_param", False),
     )
 
 

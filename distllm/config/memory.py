@@ -137,13 +137,16 @@ class Buffers:
         if layout.zero_stage < 3:
             return 0
         root = _FP32 * self.rest
+        blocks = min(
+            moment.blocks, self.layers
+        )  # a pipeline holds several micro-batches of each block
         # The next block's weights; behind the first block of the model there is none, and alone nobody sends.
         is_last = moment.in_backward and moment.blocks <= 1
         arriving = 0 if is_last or layout.dp_shard == 1 else e * self.block
         if layout.reshard:
             kept = e * self.block if moment.in_backward and moment.blocks else 0
         else:
-            kept = e * self.block * moment.blocks
+            kept = e * self.block * blocks
         # The gradient of the block before is summed in fp32 behind the block at work; the root's, behind the next
         # micro-batch's forward.
         leaving = 0
@@ -152,7 +155,7 @@ class Buffers:
         elif self.accum > 1:
             leaving = _FP32 * self.rest
         if self.accum > 1 and layout.reduces_once:  # earlier micro-batches left whole gradients
-            leaving += _FP32 * moment.blocks * self.block
+            leaving += _FP32 * blocks * self.block
         whole = 0
         if moment.in_backward:  # gradients of the block at work and of the root are not cut up yet
             whole = (e * moment.part + _FP32 * moment.rest) // layout.tp

@@ -39,6 +39,16 @@ CASES = {
     "large vocabulary, untied, accumulated": Case(
         shape=WIDE_HEAD, batch=3, precision="bf16", checkpointing="full", accum=2
     ),
+    "bf16, selective": Case(shape=NARROW_HEAD, precision="bf16", checkpointing="selective"),
+    "fp32, selective": Case(shape=NARROW_HEAD, checkpointing="selective"),
+    "GPT-2, selective": Case(shape=GPT, precision="bf16", checkpointing="selective"),
+    "beyond kept probabilities, selective": Case(
+        shape={**ATTENTION, "n_layers": 3, "max_seq_len": 1100},
+        batch=4,
+        seq=1100,
+        precision="bf16",
+        checkpointing="selective",
+    ),
     "accumulated": Case(shape=DEFAULT, accum=2),
     "long rows": Case(shape=ATTENTION, batch=2, seq=512),
     "long rows, bf16": Case(shape=ATTENTION, batch=2, seq=512, precision="bf16"),
@@ -52,7 +62,7 @@ CASES = {
     "normalised heads": Case(shape={**DEFAULT, "qk_norm": "head"}, precision="bf16"),
 }
 QUICK = ("bf16", "bf16, recomputed", "large vocabulary, untied, accumulated", "long rows, bf16",
-         "dropout", "GPT-2", "fp32, recomputed")  # fmt: skip
+         "dropout", "GPT-2", "fp32, recomputed", "bf16, selective")  # fmt: skip
 ON_TWO = {
     "ddp": Case(shape=DEFAULT, engine="ddp", world_size=2),
     "ddp, accumulated": Case(shape=DEFAULT, engine="ddp", world_size=2, precision="bf16", accum=2),
@@ -72,6 +82,12 @@ MORE_ON_TWO = {
         world_size=2,
         precision="bf16",
         settings={"reshard_after_forward": False},
+    ),
+    "fsdp, selective": Case(
+        shape=DEEP, engine="fsdp", world_size=2, precision="bf16", checkpointing="selective"
+    ),
+    "tensor parallel, selective": Case(
+        shape=DEEP, engine="fsdp", world_size=2, checkpointing="selective", mesh={"tp_size": 2}
     ),
     "fsdp, summed once": Case(
         shape=DEEP, engine="fsdp", world_size=2, accum=2, settings={"no_sync": True}
@@ -146,7 +162,7 @@ def test_every_class_of_bytes_is_predicted_on_every_process(cases):
     ("term", "without"),
     [
         ("held += e * tokens * q\n", "held += 0 * q\n"),
-        ("held = _FP32 * tokens * (d + 1)\n", "held = 2 * tokens * (d + 1)\n"),
+        ("held = tokens * (work.stream * d + _FP32)\n", "held = tokens * work.stream\n"),
         ("fixed = hidden + _FP32 * matrix", "fixed = hidden + 2 * matrix"),
     ],
 )
