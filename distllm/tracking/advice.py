@@ -198,7 +198,7 @@ RULES = (
         "up. Read the samples; train the reward on pairs of equal length, or set stage.overlong_buffer.",
     ),
     Rule(
-        "reward_is_length", "warning", above("rl/reward_length_correlation", 0.8, 5),
+        "reward_is_length", "warning", above("rl/reward_length_correlation", 0.8),
         "reward and length of a response go together (correlation {0:.2f}): the reward hardly looks at anything else.",
     ),
     Rule(

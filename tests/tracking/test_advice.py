@@ -47,8 +47,8 @@ CASES = {
         "from 10 to 15",
     ),
     "reward_is_length": (
-        constant("rl/reward_length_correlation", 0.81, 5),
-        constant("rl/reward_length_correlation", 0.79, 5),
+        constant("rl/reward_length_correlation", 0.81),
+        constant("rl/reward_length_correlation", 0.79),
         "0.81",
     ),
     "entropy_collapse": (
