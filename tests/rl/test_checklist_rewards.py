@@ -19,7 +19,7 @@ from distllm.data.packing import PackedDataset
 from distllm.data.tokenizer import save_tokenizer, train_tokenizer
 from distllm.engines import native
 from distllm.errors import ConfigError
-from distllm.objectives import reward as reward_objective
+from distllm.objectives import preference as preference_objective
 from distllm.objectives.reward import Reward, RewardOptions
 from distllm.pipeline import reinforcement
 from distllm.pipeline.build import Builder
@@ -236,7 +236,7 @@ def test_item_21_the_score_is_read_at_the_last_real_token():
 def test_item_22_the_pairwise_loss_is_stable():
     margins = torch.tensor([0.0, 3.0, -3.0, 2e4, -2e4], dtype=torch.float64, requires_grad=True)
     scores = torch.cat([margins, torch.zeros(5, dtype=torch.float64)])
-    fake = SimpleNamespace(scores=lambda hidden, batch: scores)
+    fake = SimpleNamespace(scores=lambda hidden, batch: scores, reward_std=1.0, reward_mean=0.0)
 
     class Model:
         head = fake
@@ -247,14 +247,16 @@ def test_item_22_the_pairwise_loss_is_stable():
     def check():
         made = Reward(RewardOptions(), PAD_ID, None)
         batch = Batch(input_ids=torch.zeros(10, 1, dtype=torch.int64))
+        batch.margins, batch.confidences = torch.zeros(5), torch.ones(5)
         loss = made.loss(Model(), batch).losses["pairs"]
         expected = math.log(2) + math.log1p(math.exp(-3)) + math.log1p(math.exp(3)) + 2e4
         assert loss.item() == pytest.approx(expected)
         (gradient,) = torch.autograd.grad(loss, margins, retain_graph=True)
         assert torch.isfinite(gradient).all() and gradient[4] == pytest.approx(-1.0)
 
-    naive = "torch.log(torch.sigmoid(margin))"
-    holds_and_notices(check, (reward_objective, "F.logsigmoid(margin)", naive))
+    stable = "return confidences * F.logsigmoid(logits)"
+    naive = "return confidences * torch.log(torch.sigmoid(logits))"
+    holds_and_notices(check, (preference_objective, stable, naive))
 
 
 def test_item_23_heads_start_as_published_and_dropout_is_off_in_rl(tmp_path):
