@@ -5,7 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-all lint clean
+.PHONY: setup demo test test-all matrix lint clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,10 @@ test: setup
 
 test-all: setup
 	$(PY) -m pytest -m "slow or not slow"
+
+matrix: setup
+	DISTLLM_MATRIX_DIR=runs/matrix $(PY) -m pytest -m "slow or not slow" tests/engines/test_matrix.py
+	PYTHONPATH=. $(PY) tests/engines/matrix_table.py runs/matrix > docs/engine_matrix.md
 
 lint: setup
 	$(PY) -m ruff check .

@@ -6,7 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from distllm import registry
 from distllm.config.shapes import ModelShape, Size
+from distllm.engines.base import resolve
 from distllm.engines.mesh import shape_of
 
 SHARDED_FROM = {"optimizer": 1, "gradients": 2, "weights": 3}
@@ -57,7 +59,9 @@ class Layout:
 
 def layout_of(options: Any, world_size: int) -> Layout:
     """Read the layout of engine `options` on `world_size` processes."""
-    name = options.name
+    engine, options = resolve(options)
+    # Accelerate's own wrapper is torch's DistributedDataParallel too.
+    name = "ddp" if issubclass(engine, registry.get("engine", "ddp")) else options.name
     if name == "single":
         return Layout()
     sizes = shape_of(options, world_size)

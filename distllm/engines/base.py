@@ -54,6 +54,11 @@ class Engine(ABC):
         """Say what keeps this engine from running as asked on this machine; called before anything is built."""
         return []
 
+    @classmethod
+    def choose(cls, options: Any) -> Any:
+        """Return the options to run with: a file that they name may ask for those of another engine."""
+        return options
+
     @property
     def num_parameters(self) -> int:
         """Number of weights of the whole model."""
@@ -143,6 +148,12 @@ class Engine(ABC):
         """Give back what the engine holds (process groups, device memory)."""
 
 
+def resolve(options: Any) -> tuple[type[Engine], Any]:
+    """Return the engine that really runs under `options`, and its options."""
+    chosen = registry.get("engine", options.name).choose(options)
+    return registry.get("engine", chosen.name), chosen
+
+
 def build_engine(
     role: str,
     model: nn.Module,
@@ -154,7 +165,7 @@ def build_engine(
     batch: BatchSizes | None = None,
 ) -> Engine:
     """Put `model` under the engine that `options.name` names; without `optim` it is frozen."""
-    engine = registry.get("engine", options.name)
+    engine, options = resolve(options)
     choice = set_attention(model, hardware, precision, optim is not None)
     built = engine(
         role,

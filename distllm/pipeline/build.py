@@ -30,7 +30,7 @@ from distllm.data.tokenizer import (
     tokenizer_fingerprint,
     train_tokenizer,
 )
-from distllm.engines.base import Engine, build_engine
+from distllm.engines.base import Engine, build_engine, resolve
 from distllm.engines.collectives import on_main, together
 from distllm.errors import ConfigError
 from distllm.layers.init import initial_weights
@@ -139,7 +139,7 @@ class Builder:
 
     @property
     def _builds_on_meta(self) -> bool:
-        return registry.get("engine", self.config.engine.name).builds_on_meta
+        return resolve(self.config.engine)[0].builds_on_meta
 
     def check_fits(self, model: Any) -> None:
         """Refuse a model that is too small for the tokenizer's ids or for `train.seq_len`."""

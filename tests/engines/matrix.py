@@ -23,8 +23,9 @@ from distllm.rl import loop as rl_loop
 from distllm.rl.objective import PolicyObjective
 from distllm.testing.stages import SKILLS, run_tiny
 
+HERE = Path(__file__).parent
 # At the usual sizes DeepSpeed would cut no weight of these models.
-SMALL_PARTS = [f"engine.config='{Path(__file__).with_name('small_parts.json')}'"]
+SMALL_PARTS = [f"engine.config='{HERE / 'small_parts.json'}'"]
 
 CELLS: dict[str, tuple[int, list[str]]] = {
     "ddp x2": (2, ["engine=ddp"]),
@@ -53,6 +54,15 @@ CELLS: dict[str, tuple[int, list[str]]] = {
             "engine.offload_param=true",
             *SMALL_PARTS,
         ],
+    ),
+    "accelerate x2": (2, ["engine=accelerate", f"engine.config='{HERE / 'accelerate_cpu.yaml'}'"]),
+    "accelerate x2, its fsdp": (
+        2,
+        ["engine=accelerate", f"engine.config='{HERE / 'accelerate_fsdp.yaml'}'"],
+    ),
+    "accelerate x2, its zero 3": (
+        2,
+        ["engine=accelerate", f"engine.config='{HERE / 'accelerate_zero.yaml'}'"],
     ),
     "tp 2, selective": (
         2,

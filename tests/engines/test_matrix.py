@@ -43,6 +43,7 @@ def test_ten_steps_equal_those_of_one_process(single, cell):
     found = differences(folder / "single", here)
     if os.environ.get("DISTLLM_MATRIX_DIR"):
         kept = Path(os.environ["DISTLLM_MATRIX_DIR"]) / f"{here.name}.json"
+        kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps({"cell": cell, "stages": found}, indent=1) + "\n")
     for stage in STAGES:
         for quantity, limit in TOLERANCE.items():
