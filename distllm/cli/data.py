@@ -13,10 +13,14 @@ if TYPE_CHECKING:
 
 HELP = """
 usage: distllm data inspect path=FILE [count=N] [data.columns={OURS:THEIRS,...}] [key=value ...]
+       distllm data tokenize path=FILES tokenizer=DIR out=DIR [workers=N] [shard_tokens=N] [key=value ...]
+       distllm data verify path=DIR
        distllm data stats data=DATA [tokenizer=DIR] [key=value ...]
        distllm data show data=DATA [count=N] [split=train|heldout] [tokenizer=DIR] [key=value ...]
 
 `inspect` says what a file (folder, pattern, hub:ORG/NAME) is taken for, and which records cannot be used.
+`tokenize` writes shards of token ids for data=shards, in parallel; started again with the same out it goes on where it
+stopped. `verify` compares shards with their checksums.
 `stats` counts records, characters and tokens. `show` prints samples; in dialogues, the tokens that are learned
 from (assistant's answers) are green on a terminal and between [[ ]] elsewhere.
 
@@ -25,21 +29,25 @@ Examples:
   distllm data show data=skills count=3
   distllm data stats data=file data.path=corpus.jsonl
   distllm data inspect path=pairs.jsonl.gz
+  distllm data tokenize "path=corpus/*.jsonl.gz" tokenizer=runs/tokenizer out=shards/corpus data.on_bad_line=skip
   distllm data inspect path=gsm8k.jsonl "data.columns={prompt:question,completion:answer}"
 """
 OWN = {
     "count": "records of each kind to show; default 2",
     "split": "train or heldout; default train",
-    "path": "inspect: what to look at",
+    "path": "inspect, tokenize, verify: what to look at",
+    "out": "tokenize: directory to write",
+    "workers": "tokenize: processes; default all cores",
+    "shard_tokens": "tokenize: tokens of a shard; default 134217728",
 }
 
-_VIEWS = ("inspect", "stats", "show")
+_VIEWS = ("inspect", "tokenize", "verify", "stats", "show")
 _GREEN, _RED, _PLAIN = "\033[32m", "\033[31m", "\033[0m"
 
 
 def run(arguments: Sequence[str]) -> int:
     """Print counts or samples."""
-    given = split("data", arguments, OWN, names="inspect, stats or show", max_names=1)
+    given = split("data", arguments, OWN, names=", ".join(_VIEWS), max_names=1)
     view = given.names[0] if given.names else "stats"
     if view not in _VIEWS:
         raise ConfigError(unknown_name("view", view, _VIEWS))
@@ -47,6 +55,10 @@ def run(arguments: Sequence[str]) -> int:
         from distllm.cli import data_inspect
 
         return data_inspect.run(given)
+    if view in ("tokenize", "verify"):
+        from distllm.cli import data_tokenize
+
+        return data_tokenize.run(given) if view == "tokenize" else data_tokenize.verify(given)
     count, side = given.integer("count", 2), given.own.get("split", "train")
 
     from distllm.config.compose import compose

@@ -11,6 +11,7 @@ from distllm.data.chat import encode_answer, encode_dialogue, encode_prompt
 from distllm.data.mixture import Joined, Share, recount
 from distllm.data.options import DataOptions, OnBadLine, OnLong
 from distllm.data.packing import PackedDataset
+from distllm.data.shards import ShardsSource
 from distllm.data.source import Source
 from distllm.data.templates import check_template
 from distllm.data.tokenizer import encode_texts
@@ -82,6 +83,12 @@ def text_rows(
 
     The parts of a weighted mixture share no row. `encode` turns (tokenizer, texts) into token ids.
     """
+    if isinstance(source, ShardsSource):
+        if encode is not encode_texts:
+            raise ConfigError(
+                "stage.fim_rate reorders texts, and data=shards holds tokens. Set stage.fim_rate=0 or data=file."
+            )
+        return source.rows(tok, seq_len, split)
     eos_id = cast("int | None", tok.eos_token_id)
     if eos_id is None:
         raise ConfigError(

@@ -6,12 +6,12 @@ held out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distllm.data.options import DataOptions
+from distllm.data.options import DataOptions, MixPart
 from distllm.data.readers import ReadOptions, Row, find_files, kind_of, read_rows
 from distllm.data.rows import Form, describe_missing, form_of
 from distllm.data.tables import HUB, read_hub
@@ -163,16 +163,9 @@ def intakes(options: DataOptions) -> list[tuple[Intake, float]]:
             "data=file needs data.path=FILE (or a folder, or a pattern), or else data.mix with "
             "several."
         )
-    if any(part.limit < 0 for part in options.mix):
-        raise ConfigError("data.mix has a limit below 0. Leave it out to read everything.")
+    check_mix(options.mix)
     if options.path:
         return [(Intake(options.path, "data.path", options, options.limit, options.columns), 0.0)]
-    weights = [part.weight for part in options.mix]
-    if min(weights) < 0 or (any(weights) and not all(weights)):
-        raise ConfigError(
-            f"data.mix has the weights {', '.join(f'{w:g}' for w in weights)}: give every part one "
-            "above 0, or none of them any."
-        )
     return [
         (
             Intake(
@@ -186,6 +179,18 @@ def intakes(options: DataOptions) -> list[tuple[Intake, float]]:
         )
         for number, part in enumerate(options.mix)
     ]
+
+
+def check_mix(mix: Sequence[MixPart]) -> None:
+    """Refuse limits and weights of a mixture that make no sense."""
+    if any(part.limit < 0 for part in mix):
+        raise ConfigError("data.mix has a limit below 0. Leave it out to read everything.")
+    weights = [part.weight for part in mix]
+    if min(weights, default=0) < 0 or (any(weights) and not all(weights)):
+        raise ConfigError(
+            f"data.mix has the weights {', '.join(f'{w:g}' for w in weights)}: give every part one "
+            "above 0, or none of them any."
+        )
 
 
 def _behind(answer: str, marker: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -56,7 +57,8 @@ class Joined:
 
     def __init__(self, parts: Sequence[tuple[Any, float]]) -> None:
         self.parts = [part for part, _ in parts]
-        self.shares = tuple(Share(len(part), weight) for part, weight in parts)
+        shares = tuple(Share(len(part), weight) for part, weight in parts)
+        self.shares = shares if any(weight for _, weight in parts) else ()
         self._ends = np.cumsum([len(part) for part in self.parts])
 
     def __len__(self) -> int:
@@ -77,6 +79,11 @@ class Joined:
         if not hasattr(found, "draw"):
             return self[index]
         return replace(found.draw(index - first, visit), sample_id=index)
+
+    def bits_per_byte(self, nats_per_token: float) -> float:
+        """Turn a mean loss over the labels into bits per byte of text, as `PackedDataset` does."""
+        tokens = sum(part.num_tokens for part in self.parts)
+        return nats_per_token * tokens / (sum(part.num_bytes for part in self.parts) * math.log(2))
 
     def documents(self) -> list[np.ndarray]:
         """Return each document's ids, its end token included."""

@@ -40,21 +40,24 @@ class DataOptions:
     """Where the records come from."""
 
     name: str = "stdlib"
-    """Source: `stdlib` (documentation that Python carries), `skills` (generated chat tasks),
-    `file`."""
+    """Source: `stdlib` (documentation that Python carries), `skills` (generated chat tasks), `file`, `shards`
+    (tokenised beforehand)."""
     path: str | None = None
     """data=file: a file, a folder, or a pattern such as `corpus/*.jsonl` (.jsonl, .json, .csv, .tsv,
     .parquet, .arrow, .txt, .conll; .gz and .zst too), or `hub:ORG/NAME` for a data set of the Hugging
-    Face hub (`?config=C&split=S&revision=R&streaming=true` may follow)."""
+    Face hub (`?config=C&split=S&revision=R&streaming=true` may follow). data=shards: the folder they were written to."""
     heldout_path: str | None = None
     """data=file: held-out records; left out, `heldout_fraction` of `path` is held out by hash of
     the content."""
     mix: list[MixPart] = field(default_factory=list)
-    """data=file: several paths in place of `path`, each with its weight, limit and columns."""
+    """data=file, data=shards: several paths in place of `path`, each with its weight, limit and columns."""
     limit: int = 0
     """data=file: read no more than this many records of `path`; 0 reads all."""
     columns: dict[str, str] = field(default_factory=dict)
     """data=file: names of ours -> names in the file, such as {prompt: question, completion: answer}."""
+    verify: bool = True
+    """data=shards: compare every file with its checksum before the run begins (processes share the work); false
+    trusts sizes alone."""
     heldout_fraction: float = 0.05
     """Share of the content that is kept out of training; which content depends on its hash alone,
     not on the seed."""

@@ -104,16 +104,14 @@ class PackedDataset:
         first = index * self.seq_len
         last = min(first + self.seq_len, self.num_tokens)
         size = last - first
-        # The document each token belongs to; one token further than the row, for its last label.
-        owner = np.searchsorted(
-            self._starts, np.arange(first, min(last + 1, self.num_tokens)), "right"
-        )
+        # One token further than the row, for its last label.
+        tokens, owner = self._read(first, min(last + 1, self.num_tokens))
         input_ids = np.full(self.seq_len, self.pad_id, dtype=np.int64)
-        input_ids[:size] = self._tokens[first:last]
+        input_ids[:size] = tokens[:size]
         segment_ids = np.zeros(self.seq_len, dtype=np.int64)
         segment_ids[:size] = owner[:size] - owner[0] + 1
         labels = np.full(self.seq_len, IGNORE_INDEX, dtype=np.int64)
-        following = self._tokens[first + 1 : last + 1]
+        following = tokens[1:]
         same = owner[1:] == owner[: len(following)]
         labels[: len(following)] = np.where(same, following, IGNORE_INDEX)
         return PackedRow(
@@ -122,3 +120,8 @@ class PackedDataset:
             torch.from_numpy(segment_ids),
             index,
         )
+
+    def _read(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids at places first .. last - 1 and the number of the document that each belongs to."""
+        owners = np.searchsorted(self._starts, np.arange(first, last), "right")
+        return self._tokens[first:last], owners

@@ -47,6 +47,9 @@ class Source:
     checkable: bool = False
     """Whether every prompt has an answer that a rule can check (SFT then reports exact match)."""
 
+    tokenizer_dir: str = ""
+    """The tokenizer that the records are already encoded with; empty where they are texts."""
+
     def __init__(self, options: DataOptions, seed: int) -> None:
         self.options = options
         self.seed = seed
@@ -88,6 +91,9 @@ class Source:
     def texts(self) -> list[str] | None:
         """Return the texts that a tokenizer may be trained on; None where there are too few to learn a language."""
         return [d.text for d in self.documents("train")] if "documents" in self.serves else None
+
+    def verify(self, part: int, parts: int) -> None:
+        """Look for damage that only reading everything finds, in one of `parts` shares of it."""
 
     def fingerprint(self) -> str:
         """Hash everything this source serves (sha256, hex)."""

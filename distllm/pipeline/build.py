@@ -30,6 +30,7 @@ from distllm.data.tokenizer import (
     tokenizer_fingerprint,
     train_tokenizer,
 )
+from distllm.engines import collectives
 from distllm.engines.base import Engine, build_engine, resolve
 from distllm.engines.collectives import on_main, together
 from distllm.errors import ConfigError
@@ -81,6 +82,7 @@ class Builder:
 
     def __post_init__(self) -> None:
         self.data = together(lambda: open_source(self.config.data, self.config.run.seed))
+        together(lambda: self.data.verify(collectives.rank(), collectives.world_size()))
         self.tokenizer = self._tokenizer()
         if self.config.data.chat_template:
             set_chat_template(self.tokenizer, self.config.data.chat_template)
@@ -179,6 +181,8 @@ class Builder:
             return tokenizer
         if config.model:
             return load_tokenizer(config.model)
+        if self.data.tokenizer_dir:
+            return load_tokenizer(self.data.tokenizer_dir)
         on_main(lambda: None if own.exists() else self._train_tokenizer(own))
         return load_tokenizer(own)
 

@@ -13,6 +13,7 @@ from distllm.data import ngram
 from distllm.data.datasets import text_rows
 from distllm.data.fim import encode_with_gaps
 from distllm.data.mixture import Joined
+from distllm.data.shards import ShardsSource
 from distllm.data.tokenizer import encode_texts
 from distllm.data.vocabulary import Vocabulary
 from distllm.engines.base import Engine
@@ -80,6 +81,10 @@ def _learn(builder: Builder, model: Any, split: str) -> tuple[Any, Any]:
         seed=config.run.seed,
         evaluating=split == "heldout",
     )
+    if isinstance(builder.data, ShardsSource):
+        encoded = builder.data.encoded(tokenizer, split)
+        rows = [(objective.dataset(ids), weight) for ids, weight in encoded]
+        return objective, Joined(rows) if len(rows) > 1 else rows[0][0]
     documents = builder.data.documents(split)
     if not documents:
         raise DataError(f"data={config.data.name} holds no document in split {split}.")

@@ -160,7 +160,7 @@ def test_all_problems_are_reported_together():
 def test_the_stage_needs_its_records():
     text = training_message("stage=pretrain", "data=skills")
     for word in ("stage=pretrain", "documents", "data=skills", "dialogues and pairs and prompts",
-                 "Set data=file or data=stdlib"):  # fmt: skip
+                 "Set data=file or data=shards or data=stdlib"):  # fmt: skip
         assert word in text
     assert "prompts" in training_message("stage=grpo", "data=stdlib")
     checks.check_training(compose(["stage=sft", "data=skills"]))
