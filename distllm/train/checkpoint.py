@@ -44,7 +44,7 @@ from distllm.train.manifest import (
     verify,
 )
 from distllm.train.parts import collect_parts, hand_in
-from distllm.train.tensor_files import Named, StoredTensors, share, write_tensors
+from distllm.train.tensor_files import Named, StoredTensors, refuse_non_finite, share, write_tensors
 
 _STEP_DIR = re.compile(r"step_(\d{8,})")
 _DEBRIS = re.compile(r"\.(step_\d{8,})\.(tmp|old|trash)")
@@ -171,6 +171,7 @@ class Checkpoints:
             world: How the run was laid out over processes, for the manifest.
 
         Raises:
+            EngineError: a weight is not finite.
             CheckpointError: the disk is full or refuses, now or, in the background, for the save before; earlier
                 checkpoints are untouched.
         """
@@ -182,6 +183,7 @@ class Checkpoints:
             _file_name(stem, rank, size): share(named, rank, size, copy=self._runs_behind)
             for stem, named in tensors.items()
         }
+        collectives.together(lambda: refuse_non_finite(path, shares.values()))
         manifest = {
             "format": FORMAT,
             "step": step,

@@ -15,6 +15,7 @@ import safetensors
 import torch
 from torch import Tensor
 
+from distllm.errors import EngineError
 from distllm.train.files import write_file
 
 Named = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
@@ -48,6 +49,21 @@ def share(named: Named, rank: int, size: int, copy: bool = False) -> dict[str, T
         if owner == rank:
             mine[name] = tensor.detach().to("cpu", copy=copy)
     return mine
+
+
+def refuse_non_finite(path: Path, shares: Iterable[Mapping[str, Tensor]]) -> None:
+    """Keep weights that are ruined out of the checkpoint `path`: it would outlive the good ones.
+
+    Raises:
+        EngineError: a weight is not a finite number.
+    """
+    for part in shares:
+        for name, tensor in part.items():
+            if name.startswith("weight/") and not torch.isfinite(tensor).all():
+                raise EngineError(
+                    f"Checkpoint {path} was not written: {name} is not finite. Earlier checkpoints are untouched. "
+                    "Lower optim.lr or set train.precision=fp32, then start again to go on from the last one."
+                )
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], midway: str = "") -> dict[str, Any]:

@@ -13,7 +13,7 @@ import psutil
 
 from distllm.testing.stages import SKILLS, TINY
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 SFT = [*TINY, *SKILLS, "stage=sft", "train.log_every_steps=1"]
 
 

@@ -1,0 +1,89 @@
+"""Numbers that are not finite on one rank, and a rank that cannot read its data."""
+
+import signal
+
+import pytest
+import torch
+from runs import NUM_STEPS, check_equal, check_tidy, logged_steps, saved_steps
+
+from distllm.train.checkpoint import Loaded
+from distllm.train.manifest import verify
+
+pytestmark = pytest.mark.timeout(900)
+
+
+def tensors_at(run_dir, step):
+    """Load the model and its moments as they were after a step."""
+    path = run_dir / "checkpoints" / f"step_{step:08d}"
+    found = Loaded(path, verify(path)).tensors("model")
+    return {name: found[name] for name in found}
+
+
+def same_bits(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_f23_what_is_not_finite_on_one_rank_is_skipped_by_all(nursery, settings, tmp_path):
+    """A loss on rank 1, one element of a gradient on rank 0; every step is saved, so that the weights can be compared."""
+    run_dir = tmp_path / "run"
+    faults = [
+        {"rank": 1, "at": "loss", "step": 3, "do": "nan"},
+        {"rank": 0, "at": "gradient", "step": 5, "do": "inf"},
+        {"rank": 1, "at": "loss", "step": 6, "do": "inf"},
+    ]
+    more = ["train.save_every_steps=1", "train.keep_last=20", "train.max_skipped_steps=3"]
+    with nursery.start(run_dir, *settings, *more, faults=faults) as job:
+        assert job.end() == [0, 0], job.text()
+    assert saved_steps(run_dir) == list(range(1, NUM_STEPS + 1))
+    steps = {step: tensors_at(run_dir, step) for step in range(1, 9)}
+    assert all(torch.isfinite(t).all() for kept in steps.values() for t in kept.values())
+    unchanged = [s for s in range(2, 9) if same_bits(steps[s - 1], steps[s])]
+    assert unchanged == [3, 5, 6]
+
+
+def test_f23_too_many_stop_all_ranks_and_name_the_samples(nursery, settings, tmp_path):
+    run_dir = tmp_path / "run"
+    faults = [{"rank": 1, "at": "loss", "step": step, "do": "nan"} for step in (5, 6)]
+    with nursery.start(run_dir, *settings, "train.max_skipped_steps=1", faults=faults) as job:
+        assert job.end() == [2, 2], job.text()
+    told = job.ranks[0].text
+    assert "Step 6 of the model: non-finite loss" in told and "max_skipped_steps=1" in told
+    assert saved_steps(run_dir) == [2, 4]
+    check_tidy(run_dir)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_f23_weights_that_are_not_finite_are_never_saved(nursery, settings, tmp_path, rank):
+    run_dir = tmp_path / "run"
+    fault = {"rank": rank, "at": "weights", "step": 6, "do": "nan"}
+    with nursery.start(run_dir, *settings, faults=[fault]) as job:
+        assert job.end() == [2, 2], job.text()
+    told = "".join(r.text for r in job.ranks)
+    assert "is not finite" in told and "step_00000006" in told, told
+    assert saved_steps(run_dir) == [2, 4]
+    check_tidy(run_dir)
+
+
+def test_f10_a_reader_that_fails_on_one_rank_ends_all(nursery, settings, tmp_path):
+    run_dir = tmp_path / "run"
+    fault = {"rank": 1, "at": "read", "step": 4, "do": "raise", "text": "the shard went away"}
+    with nursery.start(run_dir, *settings, faults=[fault]) as job:
+        assert job.end() == [1, 1], job.text()
+    assert "the shard went away" in job.ranks[1].text.splitlines()[-1], job.text()
+    assert saved_steps(run_dir) == [2]
+    assert logged_steps(run_dir) == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_f10_a_reader_that_is_killed_or_blocks(nursery, settings, oracle, tmp_path):
+    run_dir = tmp_path / "run"
+    killed = {"rank": 0, "at": "read", "step": 4, "do": "kill"}
+    with nursery.start(run_dir, *settings, faults=[killed]) as job:
+        assert job.end() == [-signal.SIGKILL, 1], job.text()
+    blocked = {"rank": 1, "at": "read", "step": 6, "do": "sleep", "seconds": 3600}
+    with nursery.start(run_dir, *settings, "engine.timeout_s=8", faults=[blocked]) as job:
+        job.wait_for(lambda: job.ranks[0].poll() is not None)
+        assert job.ranks[0].poll() == 1 and "(limit 8 s)" in job.ranks[0].text, job.text()
+    with nursery.start(run_dir, *settings) as job:
+        assert job.end() == [0, 0], job.text()
+    check_equal(run_dir, oracle)
