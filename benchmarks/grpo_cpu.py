@@ -1,8 +1,10 @@
 """Seconds per GRPO step: distllm against TRL's GRPOTrainer, same model, prompts, reward and dtype, on a CPU.
 
-Model: 4 layers, d_model 256, 4 heads with 2 key/value heads, d_ff 704, vocabulary 4,096, random weights, which hardly
-ever sample an end token: responses have their full 64 tokens, so both sides do the same work. A step samples
-32 responses (4 prompts x 8), scores them with one function, and makes one AdamW update.
+Model: 4 layers, d_model 256, 4 heads with 2 key/value heads, d_ff 704, vocabulary 4,096. A step samples 32 responses
+(4 prompts x 8) of at most 64 tokens, scores them with one function, and makes one AdamW update. Two sets of weights:
+*full*: random ones, which hardly ever sample an end token, so that both sides do the same work; *natural*: the same
+after a few seconds on random rows in which one token in 24 is an end, so that responses end as they do in practice, some
+early and some at the limit. The lengths of both sides are printed.
 
 Both run in one process, one after another in interleaved rounds, with the same number of threads and the same allocator
 thresholds (which help the peer too). The peer runs without gradient checkpointing (its default costs time), without a KL
@@ -23,7 +25,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRL_EXPERIMENTAL_SILENCE"):
@@ -32,7 +34,22 @@ os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
 
 import torch
 
-from distllm.arch.decoder import Decoder, DecoderOptions
+sys.path.insert(0, str(Path(__file__).parent))
+from harness import headline, machine
+from rl_sides import (
+    GROUP,
+    MAX_NEW_TOKENS,
+    RESPONSES,
+    SHAPE,
+    EReward,
+    ceiling,
+    describe,
+    reward,
+    show,
+    teach_ends,
+)
+
+from distllm.arch.decoder import Decoder
 from distllm.arch.io import load_model, save_model
 from distllm.data.chat import end_ids
 from distllm.data.datasets import PromptDataset
@@ -49,30 +66,6 @@ from distllm.rl.algorithms.grpo import GRPO, GRPOOptions
 from distllm.rl.loop import Learning, RolloutSource, Sampling
 from distllm.train.options import TrainOptions
 from distllm.train.step import optimizer_step
-
-NUM_PROMPTS, GROUP, MAX_NEW_TOKENS = 4, 8, 64
-RESPONSES = NUM_PROMPTS * GROUP
-SHAPE = DecoderOptions(
-    vocab_size=4096, d_model=256, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=704, max_seq_len=256
-)
-
-
-def reward(texts: list[str]) -> list[float]:
-    """Score a text by its share of the letter e: cheap, and spread out."""
-    return [text.count("e") / max(1, len(text)) for text in texts]
-
-
-class EReward:
-    """`reward` in distllm's form."""
-
-    problems: ClassVar[dict[int, str]] = {}
-
-    def score(self, prompts: Any, rollouts: Any, texts: list[str]) -> list[float]:
-        """Score each text."""
-        return reward(texts)
-
-    def close(self) -> None:
-        """Nothing to give back."""
 
 
 class Ours:
@@ -155,8 +148,27 @@ class Peer:
             **settings,
         }
         self.dtype = self.settings.pop("weights", torch.float32)
-        self._classes = AutoModelForCausalLM, GRPOConfig, GRPOTrainer
         self.lengths: list[float] = []
+        self.phases: dict[str, list[float]] = {}
+        spent = {"sample": 0.0, "reward": 0.0}
+        self._spent = spent
+
+        class Timed(GRPOTrainer):
+            """The trainer with a clock around sampling and rewards; what is left of a step is scoring and update."""
+
+            def _generate(self, *args: Any, **kwargs: Any) -> Any:
+                start = time.perf_counter()
+                found = super()._generate(*args, **kwargs)
+                spent["sample"] += time.perf_counter() - start
+                return found
+
+            def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
+                start = time.perf_counter()
+                found = super()._calculate_rewards(*args, **kwargs)
+                spent["reward"] += time.perf_counter() - start
+                return found
+
+        self._classes = AutoModelForCausalLM, GRPOConfig, Timed
 
     def run(self, steps: int, warm_up: int = 1) -> list[float]:
         """Train anew for `warm_up + steps` steps; return the seconds of the last `steps`."""
@@ -164,12 +176,19 @@ class Peer:
 
         auto, config_class, trainer_class = self._classes
         ends: list[float] = []
+        spent, phases = self._spent, self.phases
 
         class Clock(TrainerCallback):
             def on_step_end(self, *args: Any, **kwargs: Any) -> None:
                 ends.append(time.perf_counter())
+                if len(ends) > warm_up:
+                    rest = ends[-1] - ends[-2] - sum(spent.values())
+                    for key, value in (*spent.items(), ("update", rest)):
+                        phases.setdefault(key, []).append(value)
+                spent.update(dict.fromkeys(spent, 0.0))
 
-        def score(completions: Any, **kwargs: Any) -> list[float]:
+        def score(completions: Any, completion_ids: Any, **kwargs: Any) -> list[float]:
+            self.lengths.append(statistics.mean(map(len, completion_ids)))
             return reward([c[0]["content"] for c in completions])
 
         with tempfile.TemporaryDirectory() as output:
@@ -202,35 +221,6 @@ class Peer:
         return [b - a for a, b in itertools.pairwise(ends)][-steps:]
 
 
-def ceiling(precision: str) -> float:
-    """Return the seconds that the step's bare matrix products take: decoding, one forward, two backwards."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    d, kv = SHAPE.d_model, SHAPE.d_model // 2
-    layer = [(d, d), (d, kv), (d, kv), (d, d), (d, SHAPE.d_ff), (d, SHAPE.d_ff), (SHAPE.d_ff, d)]
-    weights = [torch.randn(o, i, dtype=dtype) for i, o in layer * SHAPE.n_layers]
-    weights.append(torch.randn(SHAPE.vocab_size, d, dtype=dtype))
-
-    def products(rows: int, factor: int) -> float:
-        inputs = {w.shape[1]: torch.randn(rows, w.shape[1], dtype=dtype) for w in weights}
-        runs = []
-        for _ in range(5):
-            start = time.perf_counter()
-            for weight in weights:
-                torch.nn.functional.linear(inputs[weight.shape[1]], weight)
-            runs.append(time.perf_counter() - start)
-        return factor * statistics.median(runs)
-
-    return products(RESPONSES, MAX_NEW_TOKENS) + products(RESPONSES * (MAX_NEW_TOKENS + 20), 3)
-
-
-def describe(seconds: list[float]) -> str:
-    """Word a list of timings."""
-    return (
-        f"median {statistics.median(seconds):.3f} s a step, "
-        f"{min(seconds):.3f} to {max(seconds):.3f} (n {len(seconds)})"
-    )
-
-
 def tune(folder: Path, tokenizer: Any) -> list[dict[str, Any]]:
     """Time the peer under each setting that could make it faster."""
     tried = [
@@ -251,6 +241,32 @@ def tune(folder: Path, tokenizer: Any) -> list[dict[str, Any]]:
     return found
 
 
+def measure(
+    folder: Path, tokenizer: Any, precision: str, threads: int, rounds: int, steps: int
+) -> dict[str, Any]:
+    """Measure one cell in interleaved rounds."""
+    ours, peer = Ours(folder, tokenizer, precision, threads), Peer(folder, tokenizer, precision)
+    ours.run(2)
+    ours.phases.clear()
+    mine: list[float] = []
+    theirs: list[float] = []
+    for _ in range(rounds):
+        mine += ours.run(steps)
+        theirs += peer.run(steps)
+    length = statistics.mean(ours.lengths)
+    return {
+        "ours_s": mine,
+        "peer_s": theirs,
+        "ratio": statistics.median(theirs) / statistics.median(mine),
+        "ceiling_s": ceiling(precision, length),
+        "response_tokens": {"ours": length, "peer": statistics.mean(peer.lengths)},
+        "phases_s": {
+            side: {k.removeprefix("time/"): statistics.median(v) for k, v in phases.items()}
+            for side, phases in (("ours", ours.phases), ("peer", peer.phases))
+        },
+    }
+
+
 def main() -> None:
     """Measure and print; the last line is JSON."""
     parser = argparse.ArgumentParser(
@@ -267,47 +283,24 @@ def main() -> None:
 
     hardware = HardwareOptions(device="cpu")
     threads = tune_cpu(hardware)
-    from harness import headline, machine
-
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "model"
         texts = [d.text for d in open_source(DataOptions(name="stdlib"), 0).documents("train")]
         tokenizer = train_tokenizer(texts, SHAPE.vocab_size)
-        save_model(Decoder(SHAPE), tokenizer, folder, end_ids=end_ids(tokenizer))
-        tried = tune(folder, tokenizer) if arguments.tune else []
+        folders, model = {}, Decoder(SHAPE)
+        for lengths in ("full", "natural"):
+            if lengths == "natural":
+                teach_ends(model, tokenizer.eos_token_id, 5 if arguments.quick else 60)
+            folders[lengths] = Path(temporary) / lengths
+            save_model(model, tokenizer, folders[lengths], end_ids=end_ids(tokenizer))
+        tried = tune(folders["full"], tokenizer) if arguments.tune else []
 
         cells: dict[str, dict[str, Any]] = {}
-        for precision in ("fp32", "bf16"):
-            ours, peer = (
-                Ours(folder, tokenizer, precision, threads),
-                Peer(folder, tokenizer, precision),
-            )
-            ours.run(2)
-            mine: list[float] = []
-            theirs: list[float] = []
-            for _ in range(rounds):
-                mine += ours.run(steps)
-                theirs += peer.run(steps)
-            ratio = statistics.median(theirs) / statistics.median(mine)
-            least = ceiling(precision)
-            print(f"{precision}, responses of {statistics.mean(ours.lengths):.1f} tokens")
-            print(f"  distllm  {describe(mine)}")
-            for key, values in ours.phases.items():
-                print(f"           {key.removeprefix('time/')} {statistics.median(values):.3f}")
-            print(f"  TRL      {describe(theirs)}")
-            print(
-                f"  ratio    {ratio:.2f}; the bare matrix products take {least:.3f} s, "
-                f"so at most {statistics.median(theirs) / least:.2f}",
-                flush=True,
-            )
-            cells[precision] = {
-                "ours_s": mine,
-                "peer_s": theirs,
-                "ratio": ratio,
-                "ceiling_s": least,
-            }
+        for lengths, precision in itertools.product(("natural", "full"), ("bf16", "fp32")):
+            name = f"{lengths} {precision}"
+            cells[name] = measure(folders[lengths], tokenizer, precision, threads, rounds, steps)
+            show(name, cells[name])
 
-    best = cells["bf16"]
+    best = cells["natural bf16"]
     print(
         json.dumps(
             headline(
@@ -315,7 +308,7 @@ def main() -> None:
                 ours=statistics.median(best["ours_s"]),
                 peer=statistics.median(best["peer_s"]),
                 ratio=best["ratio"],
-                unit="s/step, bf16, against trl GRPOTrainer",
+                unit="s/step, bf16, natural lengths, against trl GRPOTrainer",
                 runs=len(best["ours_s"]),
                 hardware=machine(threads),
                 packages=("trl", "transformers"),
@@ -327,5 +320,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
     main()
