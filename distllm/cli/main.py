@@ -21,7 +21,7 @@ from distllm.registry import unknown_name
 from distllm.train import supervision
 
 VERBS = {
-    "train": "run one stage: pretrain, sft, reward, ppo, grpo",
+    "train": "run one stage, from pretrain to grpo: `distllm list stage` names them",
     "pipeline": "run stages chained into rounds; go on where it stopped",
     "data": "look at a data source: samples, counts",
     "tokenizer": "train a tokenizer on a data source",
