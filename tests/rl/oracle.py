@@ -33,7 +33,7 @@ class Table(nn.Module):
         self.table = nn.Parameter(
             scale * torch.randn(ROWS, width, generator=noise, dtype=torch.float64)
         )
-        self.options = DecoderOptions(vocab_size=VOCAB, d_model=width)
+        self.options = DecoderOptions(vocab_size=VOCAB, d_model=width, n_heads=1, n_kv_heads=1, d_head=2)  # fmt: skip
         self.head = LMHead(self.options, None) if head == "lm" else ValueHead(self.options, None)
         with torch.no_grad():
             for parameter in self.head.parameters():

@@ -82,4 +82,5 @@ def test_a_hacked_reward_is_visible_and_an_honest_one_raises_no_alarm(tmp_path):
     honest = train(tmp_path / "honest", starts_right)
     assert not {advice.name for advice in honest.advice} & HACKED
     rewards = honest.curves["rl/reward_mean"].values
-    assert sum(rewards[-5:]) / 5 > rewards[0] + 0.2  # it did learn
+    first, last = sum(rewards[:5]) / 5, sum(rewards[-5:]) / 5
+    assert last > first + 0.1  # it did learn: 2.5 standard errors of 160 coins
