@@ -98,7 +98,8 @@ class ModelFlops:
 def _sides(batch: Batch) -> dict[str, Side]:
     sides = {"input": Side(num_tokens(batch), batch.input_ids.shape[1])}
     if batch.decoder_input_ids is not None:
-        mask = batch.decoder_attention_mask
+        masks = (batch.decoder_attention_mask, batch.decoder_segment_ids)
+        mask = next((m for m in masks if m is not None), None)
         count = batch.decoder_input_ids.numel() if mask is None else int((mask != 0).sum())
         sides["decoder"] = Side(count, batch.decoder_input_ids.shape[1])
     return sides

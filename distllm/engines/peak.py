@@ -15,6 +15,8 @@ from distllm.engines.options import HardwareOptions
 DATASHEET_BF16 = {"H200": 989e12, "H100 80GB HBM3": 989e12, "A100": 312e12}
 """Part of the name that the driver reports -> dense bf16 rate. The rate with sparsity, twice as high, halves every figure."""
 _SIZE = 1024
+_GPU_SIZE = 8192
+"""Smaller products leave a part of a large GPU idle."""
 _BUDGET_S = 0.1
 
 
@@ -33,6 +35,14 @@ def peak_flops_per_s(
     for part, rate in DATASHEET_BF16.items() if is_bf16 else ():
         if part in name:
             return f"{part}, datasheet", rate
+    return measured_peak(device, dtype, known)
+
+
+def measured_peak(
+    device: torch.device, dtype: torch.dtype, known: Mapping[str, float]
+) -> tuple[str, float]:
+    """Return what large products reach on this device, as `peak_flops_per_s` does."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     kind = str(dtype).removeprefix("torch.")
     source = f"{kind} products measured on {name}, {torch.get_num_threads()} threads"
     return source, known.get(source) or measured(device, dtype)
@@ -40,7 +50,8 @@ def peak_flops_per_s(
 
 def measured(device: torch.device, dtype: torch.dtype) -> float:
     """Multiply matrices for about a tenth of a second; return the fastest product's rate. Draws no random number."""
-    a = torch.ones(_SIZE, _SIZE, dtype=dtype, device=device)
+    size = _GPU_SIZE if device.type == "cuda" else _SIZE
+    a = torch.ones(size, size, dtype=dtype, device=device)
     out = torch.empty_like(a)
     times = []
     started = time.perf_counter()
@@ -50,4 +61,4 @@ def measured(device: torch.device, dtype: torch.dtype) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - begun)
-    return 2 * _SIZE**3 / min(times)
+    return 2 * size**3 / min(times)

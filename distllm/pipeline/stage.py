@@ -22,7 +22,7 @@ from distllm.config.schema import Config, supervised_stages, to_dict
 from distllm.engines import collectives
 from distllm.engines.base import Engine
 from distllm.engines.hardware import tune_cpu
-from distllm.engines.peak import peak_flops_per_s
+from distllm.engines.peak import measured_peak, peak_flops_per_s
 from distllm.engines.processes import phase
 from distllm.errors import CheckpointError
 from distllm.pipeline import reinforcement, supervised
@@ -221,8 +221,10 @@ def _meter_flops(
     first = next(iter(engines.values()))
     known = notes.get("peak_flops_per_s", {})
     source, rate = peak_flops_per_s(config.hardware, first.device, first.dtype, known)
-    notes["peak_flops_per_s"] = {source: rate}
+    own, reached = measured_peak(first.device, first.dtype, {source: rate, **known})
+    notes["peak_flops_per_s"] = {source: rate, own: reached}
     meters.peak_flops_per_s = rate * first.ranks.world_size
+    meters.measured_flops_per_s = reached * first.ranks.world_size
 
 
 def disk_is_full(error: Exception) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from distllm.train.micro_batches import num_tokens
+from distllm.train.micro_batches import filling, num_tokens
 from distllm.types import Batch
 
 
@@ -37,6 +37,8 @@ class Meters:
             peak_flops_per_s: of all processes together; 0 = unknown.
         """
         self.costs, self.peak_flops_per_s = costs or {}, peak_flops_per_s
+        self.measured_flops_per_s = 0.0
+        """What large matrix products reach on all devices together; 0 = unknown."""
         self._clear()
 
     def add(
@@ -56,6 +58,8 @@ class Meters:
         for part in work:
             cost = self.costs.get(part.engine.role)
             own = sum(map(num_tokens, part.micro_batches))
+            for batch in part.micro_batches:
+                self._fill = [a + b for a, b in zip(self._fill, filling(batch), strict=True)]
             if cost is not None and own:
                 for batch in part.micro_batches:
                     self._flops += tokens / own * cost(batch, causal_half=False)
@@ -76,6 +80,14 @@ class Meters:
                 available = self.peak_flops_per_s * seconds
                 out["perf/mfu"] = self._flops / available
                 out["perf/mfu_causal"] = self._causal_flops / available
+            if self.measured_flops_per_s:
+                reached = self.measured_flops_per_s * seconds
+                out["perf/measured_peak_share"] = self._flops / reached
+        places, filled, rows, documents = self._fill
+        if places:
+            out["data/padding_waste"] = 1 - filled / places
+            out["data/packing_efficiency"] = filled / places
+            out["data/documents_per_row"] = documents / rows
         out["mem/peak_gib"] = peak_memory_gib()
         self._clear()
         return {k: v for k, v in out.items() if not (isinstance(v, float) and math.isnan(v))}
@@ -87,6 +99,7 @@ class Meters:
             "steps": self._steps,
             "tokens": self._tokens,
             "flops": [self._flops, self._causal_flops],
+            "fill": self._fill,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -94,11 +107,13 @@ class Meters:
         self._sums = {k: list(v) for k, v in state["sums"].items()}
         self._steps, self._tokens = state["steps"], state["tokens"]
         self._flops, self._causal_flops = state.get("flops", (0.0, 0.0))
+        self._fill = list(state.get("fill", (0, 0, 0, 0)))
 
     def _clear(self) -> None:
         self._sums: dict[str, list[float]] = {}
         self._tokens, self._seconds, self._steps = 0, 0.0, 0
         self._flops = self._causal_flops = 0.0
+        self._fill = [0, 0, 0, 0]
 
 
 def peak_memory_gib() -> float:

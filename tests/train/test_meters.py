@@ -43,6 +43,23 @@ def test_utilisation_is_work_over_what_could_have_been_done():
     assert "perf/mfu" not in Meters().flush()
 
 
+def test_padding_and_packing_are_counted():
+    packed = torch.tensor([[1, 1, 2, 2, 2, 3, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1]])
+    padded = Batch(
+        input_ids=packed, attention_mask=torch.tensor([[1] * 8, [1] * 2 + [0] * 6]),
+        decoder_input_ids=packed[:, :4], decoder_attention_mask=torch.tensor([[1] * 4, [1, 0, 0, 0]]),
+    )  # fmt: skip
+    meters = Meters()
+    batches = [Batch(input_ids=packed, segment_ids=packed), padded]
+    meters.add({}, [SomeWork(AnEngine("model"), batches)], tokens=24, seconds=1.0)
+    meters.measured_flops_per_s = 1e6
+    out = meters.flush()
+    assert out["data/padding_waste"] == pytest.approx(1 - (14 + 10 + 5) / (16 + 16 + 8))
+    assert out["data/packing_efficiency"] == pytest.approx(29 / 40)
+    assert out["data/documents_per_row"] == (3 + 1 + 1 + 1) / 4
+    assert "data/padding_waste" not in meters.flush()
+
+
 def test_every_trained_model_counts():
     meters = Meters({"policy": cost, "value": cost}, peak_flops_per_s=1e6)
     meters.add({}, some_work("policy") + some_work("value"), tokens=48, seconds=1.0)
@@ -71,4 +88,8 @@ def test_a_run_logs_its_utilisation(tmp_path):
     for line in logged:
         rate = line["perf/tokens_per_s"] * line["perf/flops_per_token"]
         assert 0 < line["perf/mfu_causal"] < line["perf/mfu"]
+        # On a CPU the yardstick of utilisation is what its own products reach.
+        assert line["perf/measured_peak_share"] == line["perf/mfu"]
+        assert line["data/padding_waste"] + line["data/packing_efficiency"] == pytest.approx(1)
+        assert 0.3 < line["data/packing_efficiency"] <= 1 <= line["data/documents_per_row"]
         assert rate / line["perf/mfu"] > 1e8  # flops per second that any machine's products reach
