@@ -101,7 +101,7 @@ _RULES: dict[Rule, str] = {
         run.seed arch.decoder_start_id arch.blank_id arch.start_id arch.init_std arch.position_offset arch.token_types arch.norm_gain_offset
         arch.num_experts arch.balance_coef arch.router_z_coef train.eval_every_steps train.max_skipped_steps hardware.threads
         optim.weight_decay optim.max_grad_norm schedule.warmup_steps generation.temperature generation.top_k
-        stage.z_loss data.limit engine.mesh.dp_shard""",
+        stage.z_loss stage.neftune_alpha data.limit engine.mesh.dp_shard""",
     POSITIVE: """
         hardware.memory_gib hardware.memory_gb_per_s hardware.node_gb_per_s hardware.network_gb_per_s
         hardware.peak_bf16_tflops hardware.peak_fp8_tflops hardware.peak_fp32_tflops

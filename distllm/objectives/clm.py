@@ -43,12 +43,15 @@ class CLM:
         return lm_loss(model, batch, getattr(self.options, "z_loss", 0.0))
 
 
-def lm_loss(model: Model, batch: Batch, z_loss: float = 0.0) -> LossOutput:
+def lm_loss(
+    model: Model, batch: Batch, z_loss: float = 0.0, inputs: Mapping[str, Tensor] | None = None
+) -> LossOutput:
     """Run the model and sum the loss of the labelled tokens; with `z_loss` the term holds both, `nll` the first alone.
 
+    `inputs` are the model's arguments where they differ from the batch's.
     What a model with experts adds of its own stands beside it: `experts.py`.
     """
-    out = model(**batch.inputs(), compute_logits=False)
+    out = model(**(inputs or batch.inputs()), compute_logits=False)
     assert batch.labels is not None
     own = out.aux or {}
     if not z_loss:

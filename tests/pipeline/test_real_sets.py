@@ -29,7 +29,7 @@ def recipe(tmp_path, monkeypatch, name, *more):
 
     monkeypatch.setattr(run, "job_config", short)
     folder = tmp_path / name
-    tiny = ["arch.n_layers=1", "arch.vocab_size=512", "hardware.threads=1"]
+    tiny = ["arch.n_layers=1", "hardware.threads=1"]
     assert main(["pipeline", f"experiment={name}", f"run.dir={folder}", *tiny, *more]) == 0
     summary = json.loads((folder / "pipeline.json").read_text())
     return {
@@ -52,3 +52,24 @@ def test_gsm8k(tmp_path, monkeypatch):
     assert list(stages) == ["sft", "grpo"]
     assert "after/exact_match" in stages["sft"]["metrics"]
     assert 0 <= stages["grpo"]["metrics"]["after/reward"] <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*are left out", "ignore:.*is partly memory")
+@pytest.mark.parametrize(
+    ("name", "file", "metrics"),
+    [
+        (
+            "hh",
+            ("hh_rlhf", "harmless_test.jsonl.gz"),
+            {"reward": "after/accuracy", "dpo": "after/accuracy"},
+        ),
+        ("sst2", ("sst2", "train.txt"), {"classify": "after/accuracy", "grpo": "after/reward"}),
+        ("scan", ("scan", "train.txt"), {"sft": "after/exact_match", "grpo": "after/exact_match"}),
+    ],
+)
+def test_recipes(tmp_path, monkeypatch, name, file, metrics):
+    shared(*file)
+    stages = recipe(tmp_path, monkeypatch, name)
+    for stage, metric in metrics.items():
+        assert 0 <= stages[stage]["metrics"][metric] <= 1, (stage, stages[stage]["metrics"])
