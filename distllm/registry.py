@@ -19,6 +19,7 @@ FOLDERS = {
     "schedule": "distllm.optim",
     "algorithm": "distllm.rl.algorithms",
     "reward": "distllm.rl.rewards",
+    "environment": "distllm.rl.environments",
     "tracking": "distllm.tracking",
 }
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from distllm.config.schema import Config
 
 _RULES: dict[Rule, str] = {
-    AT_LEAST_1: "stage.num_samples stage.num_epochs stage.kl_horizon stage.max_sampling_rounds",
+    AT_LEAST_1: "stage.num_samples stage.max_turns stage.num_epochs stage.kl_horizon stage.max_sampling_rounds",
     NOT_NEGATIVE: """
         stage.rollout_batch_size stage.clip_high stage.kl_coef stage.target_kl stage.entropy_coef
         stage.truncated_penalty stage.overlong_penalty stage.reward_clip stage.value_clip stage.value_lr
@@ -81,6 +81,9 @@ def rl_problems(config: Config) -> list[str]:
             f"stage.off_policy_low={stage.off_policy_low} is above stage.off_policy_high={stage.off_policy_high}: no "
             "weight could pass. Set stage.off_policy_low=0.5 stage.off_policy_high=2."
         )
+    if stage.environment and stage.environment not in registry.names("environment"):
+        known = registry.names("environment")
+        problems.append(registry.unknown_name("stage.environment", stage.environment, known))
     try:
         names = [name for name, _ in parse_reward(stage)]
     except ConfigError as error:

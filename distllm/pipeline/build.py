@@ -98,6 +98,11 @@ class Builder:
         """Ids that end a response."""
         return end_ids(self.tokenizer)
 
+    def encode(self, text: str) -> list[int]:
+        """Turn plain text into ids; typed special tokens stay text."""
+        plain = {"add_special_tokens": False, "split_special_tokens": True}
+        return self.tokenizer(text, **plain)["input_ids"]
+
     def decode(self, ids: list[int]) -> str:
         """Turn response ids into text without special tokens, or a label's number into its name."""
         if self.labels:

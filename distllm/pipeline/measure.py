@@ -20,7 +20,7 @@ from distllm.data.datasets import (
 )
 from distllm.data.labelled import ChoiceDataset, JudgedDataset
 from distllm.engines.base import Engine
-from distllm.generation.generate import generate
+from distllm.generation.generate import Sampler, generate, sample_alone
 from distllm.generation.options import GenerationOptions
 from distllm.objectives.reward import Reward
 from distllm.objectives.sft import SFTOptions
@@ -132,14 +132,20 @@ def prompt_dataset(
     return PromptDataset(builder.data.prompts(split)[:limit], tokenizer, max_len, config.data)
 
 
-def answer_greedily(builder: Builder, engine: Engine, prompts: list[Any]) -> Answers:
+def answer_greedily(
+    builder: Builder, engine: Engine, prompts: list[Any], sampler: Sampler = sample_alone
+) -> Answers:
     """Answer each prompt with the likeliest tokens."""
     options = replace(builder.config.generation, temperature=0.0, top_k=0, top_p=1.0)
-    return answer_with(builder, engine, prompts, options)
+    return answer_with(builder, engine, prompts, options, sampler)
 
 
 def answer_with(
-    builder: Builder, engine: Engine, prompts: list[Any], options: GenerationOptions
+    builder: Builder,
+    engine: Engine,
+    prompts: list[Any],
+    options: GenerationOptions,
+    sampler: Sampler = sample_alone,
 ) -> Answers:
     """Answer each prompt once under `options`."""
     return answer(
@@ -151,6 +157,7 @@ def answer_with(
         decode=builder.decode,
         seed=builder.config.run.seed,
         answer_after=builder.config.data.answer_after,
+        sampler=sampler,
     )
 
 

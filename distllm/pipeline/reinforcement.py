@@ -10,6 +10,7 @@ from typing import Any
 from distllm import registry
 from distllm.config.abilities import abilities_of
 from distllm.engines.base import Engine
+from distllm.generation.generate import sample_alone
 from distllm.pipeline.build import Builder, Parts
 from distllm.pipeline.measure import (
     answer_greedily,
@@ -19,6 +20,7 @@ from distllm.pipeline.measure import (
     sample_records,
 )
 from distllm.pipeline.verdicts import known_labels
+from distllm.rl.conversation import Conversation, check_can_converse
 from distllm.rl.labels import label_join
 from distllm.rl.loop import Learning, RolloutSource, Sampling
 from distllm.rl.rewards.base import RewardContext, build_reward
@@ -100,6 +102,7 @@ def build(builder: Builder) -> Parts:
         end_ids=builder.end_ids,
         pad_id=builder.pad_id,
         decode=builder.decode,
+        sample=conversing(builder, policy) if stage.environment else sample_alone,
     )
     source = RolloutSource(
         prompts,
@@ -113,9 +116,9 @@ def build(builder: Builder) -> Parts:
     heldout = heldout_prompts(builder)
 
     def evaluate() -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        greedy = answer_greedily(builder, policy, heldout)
+        greedy = answer_greedily(builder, policy, heldout, sampling.sample)
         metrics: dict[str, Any] = dict(exact_match_metrics(greedy))
-        sampled = answer_with(builder, policy, heldout, config.generation)
+        sampled = answer_with(builder, policy, heldout, config.generation, sampling.sample)
         records = [p.prompt for p in sampled.prompts]
         rewards = reward.score(records, sampled.rollouts, sampled.texts)
         known = [r for r in rewards if math.isfinite(r)]
@@ -149,6 +152,18 @@ def build(builder: Builder) -> Parts:
         evaluate=evaluate,
         facts={"reward": "model" if "reward" in engines else stage.reward},
         parents=parents | ({"policy": config.model} if config.model else {}),
+    )
+
+
+def conversing(builder: Builder, policy: Engine) -> Conversation:
+    """Return the sampler in which `stage.environment` answers the policy."""
+    stage, model = builder.config.stage, policy.model
+    check_can_converse(model, builder.pad_id)  # type: ignore[arg-type]
+    return Conversation(
+        environment=registry.get("environment", stage.environment)(),
+        max_turns=stage.max_turns,
+        encode=builder.encode,
+        decode=builder.decode,
     )
 
 

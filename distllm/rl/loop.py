@@ -24,7 +24,7 @@ from distllm.data.mixture import make_sampler
 from distllm.engines.base import Engine
 from distllm.engines.collectives import any_true, together
 from distllm.engines.processes import phase
-from distllm.generation.generate import generate
+from distllm.generation.generate import Sampler, sample_alone
 from distllm.generation.noise import derive_seed
 from distllm.generation.options import GenerationOptions
 from distllm.generation.rollouts import pack_rollouts, spread, unpack_rollouts
@@ -50,6 +50,8 @@ class Sampling:
     pad_id: int
     decode: Any
     """Token ids -> text, special tokens dropped."""
+    sample: Sampler = sample_alone
+    """Draws the responses: the policy alone, or with an environment that answers it (`rl/conversation.py`)."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -178,9 +180,9 @@ class RolloutSource:
         with phase("sampling"), self.engines["policy"].sampling() as model:
 
             def sample(numbers: list[int]) -> list[Rollout]:
-                return generate(
-                    model,  # type: ignore[arg-type]
-                    [chosen[n].prompt_ids for n in numbers],
+                return self.sampling.sample(
+                    model,
+                    [chosen[n] for n in numbers],
                     options,
                     end_ids=self.sampling.end_ids,
                     pad_id=self.sampling.pad_id,

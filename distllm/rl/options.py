@@ -12,6 +12,11 @@ class RLOptions(RewardingOptions):
     name: str = ""
     num_samples: int = 8
     """Responses per prompt."""
+    environment: str = ""
+    """Who answers the policy within its response: `calculator`, or the name of another file in `rl/environments/`; empty
+    for nobody. What it says is read by the policy and not learned from."""
+    max_turns: int = 4
+    """With an environment: how often the policy may speak within one response."""
     rollout_batch_size: int = 0
     """Responses sampled before the updates begin; 0 takes `train.global_batch_size`, so one update per epoch."""
     num_epochs: int = 1

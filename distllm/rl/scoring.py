@@ -84,7 +84,12 @@ def summarise(rollouts: Sequence[Rollout], num_samples: int) -> dict[str, float]
     scores = torch.tensor([r.score for r in rollouts], dtype=torch.float64)
     scored = scores[torch.isfinite(scores)]
     lengths = torch.tensor([float(len(r.response_ids)) for r in rollouts])
-    logprobs = torch.cat([r.rollout_logprobs for r in rollouts]).double()
+    logprobs = torch.cat(
+        [
+            r.rollout_logprobs if r.loss_mask is None else r.rollout_logprobs[r.loss_mask]
+            for r in rollouts
+        ]
+    ).double()
     return {
         "rl/reward_mean": scored.mean().item() if len(scored) else 0.0,
         "rl/reward_std": scored.std(unbiased=False).item() if len(scored) else 0.0,
@@ -96,7 +101,9 @@ def summarise(rollouts: Sequence[Rollout], num_samples: int) -> dict[str, float]
         "rl/rollout_entropy": -logprobs.mean().item() if len(logprobs) else 0.0,
         "rl/truncated": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
         "rl/reward_length_correlation": _correlation(scores, lengths.double()),
-    } | (_group_spread(scores.view(-1, num_samples)) if num_samples > 1 else {})
+        **(_group_spread(scores.view(-1, num_samples)) if num_samples > 1 else {}),
+        **_turns([r.loss_mask for r in rollouts if r.loss_mask is not None]),
+    }
 
 
 def _group_spread(scores: Tensor) -> dict[str, float]:
@@ -105,6 +112,15 @@ def _group_spread(scores: Tensor) -> dict[str, float]:
     spreads = torch.stack([g.std(unbiased=False) if len(g) else g.new_zeros(()) for g in groups])
     equal = sum(bool(len(g) < 2 or g.min() == g.max()) for g in groups)
     return {"rl/reward_group_std": spreads.mean().item(), "rl/zero_spread": equal / len(groups)}
+
+
+def _turns(masks: Sequence[Tensor]) -> dict[str, float]:
+    """Describe conversations: how often the policy spoke, and the share of the tokens that are its own."""
+    if not masks:
+        return {}
+    begun = [int(m[0]) + int((m[1:] & ~m[:-1]).sum()) for m in masks]
+    own = sum(int(m.sum()) for m in masks) / sum(map(len, masks))
+    return {"rl/turns": sum(begun) / len(begun), "rl/own_tokens": own}
 
 
 def _correlation(x: Tensor, y: Tensor) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 
 from distllm.data.datasets import PromptExample
 from distllm.engines.base import Engine
+from distllm.generation.generate import Sampler, sample_alone
 from distllm.generation.options import GenerationOptions
 from distllm.optim.constant import Constant
 from distllm.optim.options import ScheduleOptions
@@ -50,6 +51,8 @@ def make_source(
     lr: float = 1e-3,
     value_lr: float = 0.0,
     temperature: float = 1.0,
+    decode: Callable[[list[int]], str] = lambda ids: " ".join(map(str, ids)),
+    sample: Sampler = sample_alone,
     **options: Any,
 ) -> RolloutSource:
     """Build a source of RL work over lists of ids; `batch_size` responses make one update, in one micro-batch."""
@@ -76,7 +79,8 @@ def make_source(
             options=GenerationOptions(max_new_tokens=max_new_tokens, temperature=temperature),
             end_ids=[end_id],
             pad_id=PAD_ID,
-            decode=lambda ids: " ".join(map(str, ids)),
+            decode=decode,
+            sample=sample,
         ),
         Learning(
             lr={"policy": lr, "value": value_lr or lr},

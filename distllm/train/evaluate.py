@@ -13,7 +13,7 @@ from distllm.data.datasets import PairExample, PromptExample
 from distllm.data.skills import exact_match
 from distllm.data.source import final_answer
 from distllm.engines.base import Engine
-from distllm.generation.generate import generate
+from distllm.generation.generate import Sampler, sample_alone
 from distllm.generation.options import GenerationOptions
 from distllm.generation.rollouts import spread
 from distllm.objectives.reward import Reward, score
@@ -76,6 +76,7 @@ def answer(
     seed: int = 0,
     batch_size: int = 128,
     answer_after: str = "",
+    sampler: Sampler = sample_alone,
 ) -> Answers:
     """Answer each prompt once with the engine's model."""
     chosen = list(prompts)
@@ -85,9 +86,9 @@ def answer(
             rollouts: list[Rollout] = []
             for start in range(0, len(numbers), batch_size):
                 part = [chosen[i] for i in numbers[start : start + batch_size]]
-                rollouts += generate(
-                    model,  # type: ignore[arg-type]
-                    [p.prompt_ids for p in part],
+                rollouts += sampler(
+                    model,
+                    part,
                     options,
                     end_ids=end_ids,
                     pad_id=pad_id,

@@ -2,11 +2,14 @@
 
 import json
 import socket
+import string
+from unittest import mock
 
 import pytest
 import torch
 
 from distllm.arch.io import load_model
+from distllm.rl.environments.calculator import Calculator
 from distllm.testing.stages import SKILLS, run_tiny, weights_hash
 
 SFT = ["stage=sft", *SKILLS, "train.max_steps=4", "train.log_every_steps=2"]
@@ -91,3 +94,16 @@ def test_a_dropped_dropout_changes_nothing_in_rl(tmp_path, parent):
     run_tiny(tmp_path / "with", [*settings, "arch.dropout=0.5"])
     run_tiny(tmp_path / "without", settings)
     assert weights_hash(tmp_path / "with") == weights_hash(tmp_path / "without")
+
+
+def test_an_environment_answers_within_the_responses(tmp_path, parent):
+    """The policy of random weights hardly ever asks, so every letter is made to count as a question."""
+    letters = tuple(string.ascii_lowercase)
+    always = {"stop": letters, "reply": lambda self, prompt, said: " 42"}
+    settings = ["stage=grpo", *SKILLS, "train.max_steps=2", "stage.environment=calculator"]
+    with mock.patch.multiple(Calculator, **always):
+        run_tiny(tmp_path / "run", [*settings, "stage.max_turns=2", f"model='{parent}'"])
+    rows = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[1]["rl/turns"] >= 1 and 0 < rows[1]["rl/own_tokens"] < 1
+    samples = [json.loads(x) for x in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert any("42" in x["response"] for x in samples if x["when"] == "train")
