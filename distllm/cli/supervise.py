@@ -110,7 +110,7 @@ class Supervisor:
         """Watch and forward until the launcher has ended; return its exit code, None if we ended it."""
         while self._at_once is None and not self._is_users_mistake():
             self._forward()
-            lines = self.workers.watch()
+            lines = self.workers.watch() + self.workers.end_stuck()
             bury_orphans(launcher.pid)
             code = launcher.poll()
             if code is None or code >= 0:  # else the workers fell with it, and did not fail

@@ -6,6 +6,7 @@ read in the moment of their death (Linux; elsewhere a worker's own report has to
 
 import contextlib
 import ctypes
+import math
 import os
 import select
 import signal
@@ -31,6 +32,10 @@ _PEERS_S = 5.0
 """Within this time, a rank that was killed is the cause of what its peers report: they report the loss of it. And what
 a rank reports is the cause of an exit without a word: ranks end so that heard of it."""
 
+_PATIENCE_S = 10.0
+"""How long a worker may go on after another has failed. It hears of it in its next collective; what does not end then is
+stopped or stuck, and launchers wait for it up to their whole time-out."""
+
 _GONE_S = 10.0
 """How long to wait for killed processes: one inside a driver's call goes when that returns, if ever."""
 
@@ -49,6 +54,10 @@ class Worker:
     is_alive: bool = True
     is_told: bool = False
     """It got the signal to stop."""
+    came_s: float = field(default_factory=time.monotonic)
+    died_s: float = 0.0
+    verdict: str = ""
+    """Why it was ended, if it was ended here."""
 
     def tell(self, signum: int) -> None:
         """Send it a signal; through the pidfd, so that no later process of the same number gets it."""
@@ -98,10 +107,29 @@ class Workers:
         """Tell whether a worker that was asked to stop is still at it."""
         return any(w.is_told and w.is_alive for w in self.by_pid.values())
 
+    def end_stuck(self) -> list[str]:
+        """End workers that have outlived the failure of another one for long; return lines that the user should read."""
+        began_s = min((w.died_s for w in self._failed()), default=math.inf)
+        if time.monotonic() - began_s < _PATIENCE_S:
+            return []
+        lines = []
+        for worker in self.by_pid.values():
+            # One that came later was started again, and has nothing to do with the failure.
+            if worker.is_alive and worker.came_s < began_s and not worker.verdict:
+                worker.verdict = f"{_state(worker.pid)} and was ended"
+                worker.tell(signal.SIGKILL)
+                lines.append(
+                    f"rank {worker.rank}: the process (pid {worker.pid}) {worker.verdict}."
+                )
+        return lines
+
     def failures(self) -> list[Failure]:
         """Return the failures that stand: none of a rank that was started again since."""
+        return [w.failure for w in self._failed() if w.failure is not None]
+
+    def _failed(self) -> list[Worker]:
         newest = {w.rank: w for w in self.by_pid.values()}  # in the order of their coming
-        return [w.failure for w in newest.values() if w.failure is not None]
+        return [w for w in newest.values() if w.failure is not None]
 
     def silent_s(self) -> float:
         """Return for how long all workers have been gone, one of them at least in failure; 0 where it is not so."""
@@ -140,7 +168,14 @@ class Workers:
 
     def _take_leave(self, worker: Worker, code: int | None) -> list[str]:
         worker.is_alive = False
-        self.last_death_s = time.monotonic()
+        worker.died_s = self.last_death_s = time.monotonic()
+        if worker.verdict:
+            first_s = min((f.at_s for f in self.failures()), default=time.time())
+            text = f"the process (pid {worker.pid}) {worker.verdict}."
+            worker.failure = Failure(
+                rank=worker.rank, code=-signal.SIGKILL, text=text, at_s=first_s, is_told=False
+            )
+            return []
         worker.failure = read_failure(self.folder, worker.pid)
         left = left_by_itself(self.folder, worker.pid)
         if worker.failure is not None or (left and not code):
@@ -188,6 +223,14 @@ def _exit_code(pid: int) -> int | None:
     except OSError:
         return None
     return os.waitstatus_to_exitcode(int(last))
+
+
+def _state(pid: int) -> str:
+    """Say what a process that does not end is doing."""
+    with contextlib.suppress(psutil.Error):
+        if psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP):
+            return "is stopped (SIGSTOP, or a debugger)"
+    return f"went on for {_PATIENCE_S:g} s after another rank had failed"
 
 
 def _is_alive(process: psutil.Process) -> bool:

@@ -23,6 +23,7 @@ LONG_PHASES = ("sampling", "reward", "evaluation", "save", "load", "export", "bu
 
 _limits_s = {"update": 100.0, "long": 1800.0}
 _phase = "start"
+_step = 0
 
 
 def launched() -> bool:
@@ -80,6 +81,7 @@ def needs_group(options: EngineOptions) -> bool:
 
 
 def _join(options: EngineOptions, device: torch.device) -> None:
+    global _phase
     _limits_s.update(update=options.timeout_s, long=options.long_timeout_s)
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -101,6 +103,7 @@ def _join(options: EngineOptions, device: torch.device) -> None:
             f"engine.start_timeout_s={options.start_timeout_s}: {error}. Look whether all of them were started, "
             "with the same address and number of processes, and whether the network lets them through."
         ) from error
+    _phase = "update"
     _set_limit(_limits_s["update"])
 
 
@@ -117,9 +120,16 @@ def phase(name: str) -> Iterator[None]:
         _set_limit(_limits_s["long" if before in LONG_PHASES else "update"])
 
 
+def note_step(step: int) -> None:
+    """Say which step is being made, for messages."""
+    global _step
+    _step = step
+
+
 def current_phase() -> tuple[str, float]:
-    """Return the name of the phase and its time limit in seconds."""
-    return _phase, _limits_s["long" if _phase in LONG_PHASES else "update"]
+    """Return the name of the phase, with its step once there is one, and its time limit in seconds."""
+    name = f"{_phase} of step {_step}" if _step else _phase
+    return name, _limits_s["long" if _phase in LONG_PHASES else "update"]
 
 
 def lost_another(error: BaseException) -> bool:

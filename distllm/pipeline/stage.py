@@ -23,7 +23,7 @@ from distllm.engines import collectives
 from distllm.engines.base import Engine
 from distllm.engines.hardware import tune_cpu
 from distllm.engines.peak import measured_peak, peak_flops_per_s
-from distllm.engines.processes import phase
+from distllm.engines.processes import note_step, phase
 from distllm.errors import CheckpointError
 from distllm.pipeline import reinforcement, supervised
 from distllm.pipeline.build import Builder, Parts
@@ -142,6 +142,11 @@ def _train(
         notes["train_s"] = before_s + time.monotonic() - started
         state.save(loop)
 
+    def stop_requested() -> bool:
+        note_step(loop.step + 1)  # the loop asks before each step
+        # A failed save in the background stops the run too: the last save, which all ranks make, says why.
+        return collectives.any_true(stop.requested or checkpoints.has_failed)
+
     loop = Loop(
         options=config.train,
         stage=stage,
@@ -149,8 +154,7 @@ def _train(
         log=watch.log,
         evaluate=lambda step: _scalars(measure("train", step)),
         save=save,
-        # A failed save in the background stops the run too: the last save, which all ranks make, says why.
-        stop_requested=lambda: collectives.any_true(stop.requested or checkpoints.has_failed),
+        stop_requested=stop_requested,
         progress=lambda step, shown: bar.advance(1, **_shown(shown)),
     )
     model: Any = main.model

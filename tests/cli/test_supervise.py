@@ -158,6 +158,20 @@ def test_a_killed_rank_is_the_cause_and_not_its_peers(tmp_path):
     assert "connection closed by peer" in err  # the peers spoke, too
 
 
+@pytest.mark.slow
+def test_a_stopped_rank_does_not_hold_up_the_end(tmp_path):
+    process = start(tmp_path)
+    victim, other = ready(tmp_path)[1], ready(tmp_path)[0]
+    os.kill(victim, signal.SIGSTOP)
+    (tmp_path / "ready_1_0").write_text("0")  # so that its peer takes it for dead
+    code, err = end(process)
+    assert code == 1
+    assert err.splitlines()[-1].startswith(
+        f"distllm: rank 1 failed first: the process (pid {victim}) is stopped (SIGSTOP"
+    )
+    assert is_gone(victim) and is_gone(other)
+
+
 def test_a_restart_is_told_and_forgiven(tmp_path):
     process = start(tmp_path, max_restarts=1)
     victim = ready(tmp_path)[1]

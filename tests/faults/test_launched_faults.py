@@ -142,7 +142,8 @@ def test_f07_a_stopped_rank_is_named_and_replaced(nursery, settings, tmp_path):
         job.wait_for(lambda: "Going on from step" in job.text())
         assert are_gone([victim])  # it cannot come back into the new world
         text = job.text()
-        assert f"rank 0 lost another rank in phase update (limit {TIMEOUT_S} s)" in text, text
+        assert "rank 0 lost another rank in phase update of step" in text, text
+        assert f"(limit {TIMEOUT_S} s)" in text, text
         assert f"rank 1: the process (pid {victim.pid}) is stopped" in text, text
         job.process.send_signal(signal.SIGTERM)
         assert job.end() == 3, job.text()[-4000:]
