@@ -30,7 +30,7 @@ test: setup
 	$(PY) -m pytest
 
 test-all: setup
-	$(PY) -m pytest -m "slow or not slow"
+	$(PY) -m pytest -m "slow or not slow" --record=docs/test_all.md
 
 matrix: setup
 	DISTLLM_MATRIX_DIR=runs/matrix $(PY) -m pytest -m "slow or not slow" tests/engines/test_matrix.py
