@@ -92,7 +92,7 @@ def _tokenizer(config: Any, source: "Source", kinds: Sequence[str]) -> Any:
         return load_tokenizer(folder)
     texts = [t for kind in kinds for parts in _texts(source, kind, "train") for t in parts]
     print(f"No tokenizer=DIR given: one of {config.arch.vocab_size} is trained on these records.")
-    return train_tokenizer(texts, config.arch.vocab_size)
+    return train_tokenizer(texts, config.arch.vocab_size, units=config.data.units)
 
 
 def _texts(source: "Source", kind: str, side: str) -> list[list[str]]:

@@ -8,7 +8,7 @@ from distllm.cli.arguments import split
 HELP = """
 usage: distllm tokenizer data=DATA out=DIR [vocab_size=N] [key=value ...]
 
-Byte-level BPE with a chat template, in Hugging Face layout.
+Byte-level BPE with a chat template, in Hugging Face layout; data.units=word or character makes words or characters tokens.
 
 Examples:
   distllm tokenizer data=stdlib vocab_size=4096 out=runs/tokenizer
@@ -37,9 +37,9 @@ def run(arguments: Sequence[str]) -> int:
         )
     size = given.integer("vocab_size", config.arch.vocab_size)
     source = open_source(config.data, config.run.seed)
-    tokenizer = train_tokenizer([d.text for d in source.documents("train")], size)
+    tokenizer = train_tokenizer(source.texts() or (), size, units=config.data.units)
     save_tokenizer(tokenizer, out)
-    heldout = [d.text for d in source.documents("heldout")]
+    heldout = [d.text for d in source.documents("heldout")] if "documents" in source.serves else []
     num_tokens = sum(map(len, encode_texts(tokenizer, heldout)))
     num_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in heldout)
     ratio = f", {num_bytes / num_tokens:.2f} bytes per token on held-out text" if num_tokens else ""

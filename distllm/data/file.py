@@ -11,7 +11,7 @@ from typing import NoReturn, TypeVar
 
 from distllm.data.intake import Intake, intakes
 from distllm.data.mixture import Records
-from distllm.data.options import DataOptions, OnBadLine
+from distllm.data.options import DataOptions, HeldoutBy, OnBadLine
 from distllm.data.rows import content_key, texts_of
 from distllm.data.source import (
     KINDS,
@@ -22,6 +22,7 @@ from distllm.data.source import (
     heldout_flags,
     records_fingerprint,
 )
+from distllm.data.tail import cut_end
 from distllm.errors import ConfigError, DataError
 from distllm.registry import register
 from distllm.types import (
@@ -58,8 +59,8 @@ class FileSource(Source):
     """Records of `data.path` or `data.mix`; the columns decide what they are (see `rows.py`).
 
     A .txt file is cut into documents at `data.document_separator`. Held out is `data.heldout_path`,
-    or else the records whose content hashes below `data.heldout_fraction`; copies of one prompt
-    always fall on the same side.
+    or else the records whose content hashes below `data.heldout_fraction` (copies of one prompt
+    always fall on the same side), or the end of them with `data.heldout_by=end`.
     """
 
     def __init__(self, options: DataOptions, seed: int) -> None:
@@ -166,6 +167,14 @@ class FileSource(Source):
                 keys = {content_key(r) for records, _ in parts for r in records}
                 _warn_of_overlap(keys, held)
                 self._splits = {"train": Records.join(parts), "heldout": Records(held)}
+            elif self.options.heldout_by == HeldoutBy.END:
+                cut = [
+                    (cut_end(part, self.options.heldout_fraction), weight) for part, weight in parts
+                ]
+                self._splits = {
+                    "train": Records.join([(start, weight) for (start, _), weight in cut]),
+                    "heldout": Records([r for (_, end), _ in cut for r in end]),
+                }
             else:
                 records = [r for part, _ in parts for r in part]
                 keys = [content_key(r) for r in records]

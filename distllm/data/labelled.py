@@ -155,7 +155,9 @@ class JudgedDataset(_Verdicts):
         prompt = plain_text(record.prompt)
         first, chosen = self.layout.encode(tok, prompt, record.chosen)
         _, rejected = self.layout.encode(tok, prompt, record.rejected)
-        return PairExample(first, chosen, rejected, record.kind, index)
+        return PairExample(
+            first, chosen, rejected, record.kind, index, record.margin, record.confidence
+        )
 
     def length(self, example: PairExample) -> int:
         """Count the prompt with the longer answer."""

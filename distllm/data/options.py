@@ -20,6 +20,21 @@ class OnLong(StrEnum):
     CUT = "cut"
 
 
+class Units(StrEnum):
+    """What a tokenizer that is trained for a run takes as one token."""
+
+    BPE = "bpe"
+    WORD = "word"
+    CHARACTER = "character"
+
+
+class HeldoutBy(StrEnum):
+    """How held-out content is chosen where no file is given for it."""
+
+    HASH = "hash"
+    END = "end"
+
+
 @dataclass(kw_only=True, slots=True)
 class MixPart:
     """One part of a mixture."""
@@ -61,6 +76,12 @@ class DataOptions:
     heldout_fraction: float = 0.05
     """Share of the content that is kept out of training; which content depends on its hash alone,
     not on the seed."""
+    heldout_by: HeldoutBy = HeldoutBy.HASH
+    """data=file: `hash` holds out by content; `end` takes the last share of the records, or of the characters of a
+    text that is one document."""
+    units: Units = Units.BPE
+    """What a tokenizer that is trained for the run takes as one token: `bpe` pieces of bytes, `word` what stands between
+    spaces (a line's end is a word), `character`. The last two know only what training holds; the rest is `<unk>`."""
     on_bad_line: OnBadLine = OnBadLine.ERROR
     """data=file: `error` stops at records that cannot be used, `skip` drops and counts them."""
     text_key: str = "text"

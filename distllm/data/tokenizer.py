@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distllm.data.backends import Backends, backend_of
+from distllm.data.options import Units
+from distllm.data.units import UNKNOWN, closed_vocabulary
 from distllm.data.vocabulary import CLS, ROLES, SEP
 from distllm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 PAD, EOS = "<|pad|>", "<|eos|>"
@@ -30,9 +33,12 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = ()
+    texts: Iterable[str],
+    vocab_size: int,
+    special_tokens: Sequence[str] = (),
+    units: Units = Units.BPE,
 ) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer: any Unicode text survives it, and digits stand alone.
+    """Train a tokenizer: byte-level BPE, which any Unicode text survives and in which digits stand alone, or other units.
 
     The same texts give the same tokenizer. A small corpus may give fewer than `vocab_size` tokens.
 
@@ -40,13 +46,53 @@ def train_tokenizer(
         texts: to learn from.
         vocab_size: number of tokens, `special_tokens` included.
         special_tokens: further ones, which get the last ids.
+        units: what a token is.
 
     Raises:
-        ConfigError: `vocab_size` has no room for the bytes and the special tokens.
+        ConfigError: `vocab_size` has no room for the bytes (or other units) and the special tokens.
         DataError: there is no text.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
+
+    texts = [text for text in texts if text]
+    if not texts:
+        raise DataError("There is no text to train a tokenizer on.")
+    room = vocab_size - len(special_tokens)
+    if units == Units.BPE:
+        backend, roles = _byte_pairs(texts, vocab_size, special_tokens), {}
+    else:
+        backend = closed_vocabulary(texts, units, room, SPECIAL_TOKENS)
+        roles = {"unk_token": UNKNOWN}
+    backend.add_special_tokens(list(special_tokens))
+    inputs = ["input_ids", "attention_mask"]
+    if {CLS, SEP} <= set(
+        special_tokens
+    ):  # what reads pairs of texts expects them framed and told apart
+        inputs.insert(1, "token_type_ids")
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{CLS} $A {SEP}",
+            pair=f"{CLS} $A {SEP} $B:1 {SEP}:1",
+            special_tokens=[(t, backend.token_to_id(t)) for t in (CLS, SEP)],
+        )
+    roles |= {ROLES[token]: token for token in special_tokens if token in ROLES}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD,
+        eos_token=EOS,
+        **roles,
+        extra_special_tokens=[
+            *(SYSTEM, USER, ASSISTANT, END),
+            *(token for token in special_tokens if token not in ROLES),
+        ],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_input_names=inputs,
+    )
+
+
+def _byte_pairs(texts: Sequence[str], vocab_size: int, special_tokens: Sequence[str]) -> Tokenizer:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     num_special = len(SPECIAL_TOKENS) + len(special_tokens)
     if vocab_size < 256 + num_special:
@@ -54,9 +100,6 @@ def train_tokenizer(
             f"vocab_size={vocab_size} is below {256 + num_special} = 256 bytes + {num_special} "
             "special tokens. Set 4096."
         )
-    texts = [text for text in texts if text]
-    if not texts:
-        raise DataError("There is no text to train a tokenizer on.")
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -72,31 +115,7 @@ def train_tokenizer(
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    backend.add_special_tokens(list(special_tokens))
-    inputs = ["input_ids", "attention_mask"]
-    if {CLS, SEP} <= set(
-        special_tokens
-    ):  # what reads pairs of texts expects them framed and told apart
-        inputs.insert(1, "token_type_ids")
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{CLS} $A {SEP}",
-            pair=f"{CLS} $A {SEP} $B:1 {SEP}:1",
-            special_tokens=[(t, backend.token_to_id(t)) for t in (CLS, SEP)],
-        )
-    roles = {ROLES[token]: token for token in special_tokens if token in ROLES}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token=PAD,
-        eos_token=EOS,
-        **roles,
-        extra_special_tokens=[
-            *(SYSTEM, USER, ASSISTANT, END),
-            *(token for token in special_tokens if token not in ROLES),
-        ],
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-        model_input_names=inputs,
-    )
+    return backend
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:

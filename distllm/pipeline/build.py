@@ -199,7 +199,9 @@ class Builder:
         _log.info("Training a tokenizer of %d on data=%s.", config.arch.vocab_size, name)
         aside = self.run_dir / ".tokenizer.tmp"
         shutil.rmtree(aside, ignore_errors=True)
-        tokenizer = train_tokenizer(texts, config.arch.vocab_size, special_tokens(config))
+        tokenizer = train_tokenizer(
+            texts, config.arch.vocab_size, special_tokens(config), config.data.units
+        )
         save_tokenizer(tokenizer, aside)
         aside.rename(folder)
 

@@ -141,7 +141,7 @@ def _cells() -> list[Cell]:
         *_RL,
         "stage.kl_coef=0",
     )
-    few = {"decoder": 60, "encoder-decoder": 45, "GLM": 90, "LSTM": 65}
+    few = {"decoder": 60, "encoder-decoder": 60, "GLM": 90, "LSTM": 65}
     for arch, num_steps in few.items():
         rl = (
             *_RL,
