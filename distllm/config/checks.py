@@ -86,7 +86,7 @@ def batch_sizes(config: Config) -> BatchSizes:
 _RULES: dict[Rule, str] = {
     AT_LEAST_1: """
         hardware.num_gpus hardware.gpus_per_node
-        stage.mean_span_length
+        stage.mean_span_length stage.ngram_order
         arch.vocab_size arch.d_model arch.n_layers arch.n_heads arch.n_kv_heads arch.d_head arch.d_ff arch.max_seq_len
         arch.d_hidden arch.n_decoder_layers arch.window arch.relative_buckets arch.relative_max_distance arch.num_labels
         arch.experts_per_token arch.d_expert

@@ -15,7 +15,9 @@ class PretrainOptions:
     """What is predicted; `auto` is the architecture's own: `clm` for a decoder, `mlm` for an encoder, `span` for an
     encoder-decoder, `blank` for GLM. Others: `ul2`, `prefix`."""
     baselines: bool = False
-    """Also fit a unigram and modified Kneser-Ney n-gram models of order 2 to 5, and report their held-out loss (clm)."""
+    """Also fit a unigram and modified Kneser-Ney n-gram models of every order, and report their held-out loss (clm)."""
+    ngram_order: int = 5
+    """Highest order of these n-gram models, in tokens; characters profit from 7."""
     mask_rate: float = 0.15
     """Share of the tokens that are hidden (mlm, span, blank). BERT, T5 and GLM: 0.15; ModernBERT: 0.3."""
     eval_mask_rate: float = 0.15

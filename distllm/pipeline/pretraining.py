@@ -110,5 +110,6 @@ def _baselines(builder: Builder) -> dict[str, float]:
     seq_len, tokenizer = builder.config.train.seq_len, builder.tokenizer
     rows = [text_rows(builder.data, tokenizer, seq_len, split) for split in ("train", "heldout")]
     documents = [[d[:-1] for d in r.documents()] for r in rows]
-    costs = ngram.baselines(*documents, len(tokenizer), tokenizer.eos_token_id)
+    order = builder.config.stage.ngram_order
+    costs = ngram.baselines(*documents, len(tokenizer), tokenizer.eos_token_id, order)
     return {f"baseline/{name}": nats for name, nats in costs.items()}

@@ -206,8 +206,8 @@ def _cells() -> list[Cell]:
             parent=first,
         )
     add(
-        "decoder", "RL", "judged by an encoder", "parallel", "reward", 0.0, "stage=grpo", "train.max_steps=150",
-        *_RL, "train.global_batch_size=256", "train.micro_batch_size=256", "generation.max_new_tokens=2", "stage.kl_coef=0.02", "stage.truncated=penalise", "stage.truncated_penalty=5", "stage.reward=classifier",
+        "decoder", "RL", "judged by an encoder", "parallel", "reward", -0.3, "stage=dr_grpo", "train.max_steps=200",
+        *_RL, "train.global_batch_size=256", "train.micro_batch_size=256", "generation.max_new_tokens=2", "stage.kl_coef=0", "stage.truncated=penalise", "stage.truncated_penalty=5", "stage.reward=classifier",
         "stage.reward_reads=pair", parent="decoder first answers", judge="encoder reward",
     )  # fmt: skip
     return found
