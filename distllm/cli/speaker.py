@@ -13,6 +13,8 @@ SHORT = {
     "temperature": "generation.temperature",
     "top_k": "generation.top_k",
     "top_p": "generation.top_p",
+    "min_p": "generation.min_p",
+    "repetition_penalty": "generation.repetition_penalty",
     "seed": "run.seed",
 }
 """Short keys of both verbs -> the settings they stand for."""
@@ -22,6 +24,8 @@ OWN = {
     "temperature": "0 takes the likeliest token; higher varies more (generation.temperature)",
     "top_k": "draw among the k likeliest tokens; 0 is off (generation.top_k)",
     "top_p": "draw among the likeliest tokens with this probability; 1 is off (generation.top_p)",
+    "min_p": "draw among tokens at least this times as likely as the likeliest; 0 is off (generation.min_p)",
+    "repetition_penalty": "above 1 makes tokens less likely that are there already (generation.repetition_penalty)",
     "seed": "equal seeds give equal responses (run.seed)",
 }
 

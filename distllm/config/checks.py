@@ -103,11 +103,12 @@ _RULES: dict[Rule, str] = {
         optim.weight_decay optim.max_grad_norm schedule.warmup_steps generation.temperature generation.top_k
         stage.z_loss stage.neftune_alpha data.limit engine.mesh.dp_shard""",
     POSITIVE: """
+        generation.repetition_penalty
         hardware.memory_gib hardware.memory_gb_per_s hardware.node_gb_per_s hardware.network_gb_per_s
         hardware.peak_bf16_tflops hardware.peak_fp8_tflops hardware.peak_fp32_tflops
         arch.rope_theta arch.rope_local_theta arch.norm_eps arch.embedding_scale arch.attention_scale
         arch.attention_softcap arch.logit_softcap arch.logit_scale arch.expert_clamp arch.expert_alpha optim.lr optim.eps""",
-    BELOW_1: "arch.dropout arch.dropout_embedding arch.dropout_weights optim.beta1 optim.beta2 data.heldout_fraction",
+    BELOW_1: "generation.min_p arch.dropout arch.dropout_embedding arch.dropout_weights optim.beta1 optim.beta2 data.heldout_fraction",
     Rule(lambda v: v in (1, -1), "must be 1 or -1"): "arch.rope_sign",
     ABOVE_0_TO_1: "stage.mask_rate stage.eval_mask_rate arch.rope_fraction schedule.decay_fraction generation.top_p",
     SHARE: """

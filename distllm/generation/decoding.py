@@ -81,6 +81,7 @@ class Decoding:
         if num_samples > 1:
             self.reading.repeat(num_samples)
         self.logits = model.head.logits(self.reading.last)
+        self.seen = self._seen_in_prompts() if options.repetition_penalty != 1 else None
 
     @property
     def active(self) -> bool:
@@ -93,7 +94,10 @@ class Decoding:
             last = self.reading.feed(self.tokens[self.rows, self.num_steps - 1])
             self.logits = self.model.head.logits(last)
         position = self.num_steps
-        tokens, logprobs = pick(self.logits, self.noise[self.rows, position], self.options)
+        seen = None if self.seen is None else self.seen[self.rows]
+        tokens, logprobs = pick(self.logits, self.noise[self.rows, position], self.options, seen)
+        if self.seen is not None:
+            self.seen[self.rows, tokens] = True
         self.tokens[self.rows, position] = tokens
         self.logprobs[self.rows, position] = logprobs
         self.num_steps += 1
@@ -105,6 +109,14 @@ class Decoding:
         self.lengths[self.rows[finished]] = self.num_steps
         self.done |= finished
         self._compact()
+
+    def _seen_in_prompts(self) -> Tensor:
+        """Return which tokens stand before each row's response, bool `[rows, vocab]`; with an encoder, none do."""
+        seen = torch.zeros(len(self.rows), self.logits.shape[-1], dtype=torch.bool)
+        if not self.model.abilities.two_sequences:
+            for row in range(len(seen)):
+                seen[row, self.prompt_ids[row // self.num_samples]] = True
+        return seen.to(self.device)
 
     def _contain_stop(self, position: int) -> Tensor:
         """Return whose text holds a stop string that the newest token completed, bool `[rows]`."""

@@ -18,6 +18,11 @@ class GenerationOptions:
     """Draw among the k likeliest tokens only; 0 draws among all."""
     top_p: float = 1.0
     """Draw among the likeliest tokens that together hold this probability; 1 draws among all."""
+    min_p: float = 0.0
+    """Draw among the tokens at least this times as likely as the likeliest one; 0 draws among all."""
+    repetition_penalty: float = 1.0
+    """Above 1 lowers the logits of tokens that prompt or response hold already (positive ones are divided by it, negative
+    ones multiplied); 1 is off."""
     stop: list[str] = field(default_factory=list)
     """Texts that end a response as soon as it contains one of them (the text itself is kept)."""
 
@@ -43,6 +48,14 @@ def check_options(options: GenerationOptions) -> None:
     if not 0 < options.top_p <= 1:
         problems.append(
             f"generation.top_p={options.top_p} must be above 0 and at most 1 (off). Set 1.0."
+        )
+    if not 0 <= options.min_p < 1:
+        problems.append(
+            f"generation.min_p={options.min_p} must be at least 0 (off) and below 1. Set 0.05."
+        )
+    if not 0 < options.repetition_penalty < float("inf"):
+        problems.append(
+            f"generation.repetition_penalty={options.repetition_penalty} must be above 0; 1 is off. Set 1.1."
         )
     if "" in options.stop:
         problems.append(

@@ -21,6 +21,8 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
     num_samples: int = 1,
     end_ids: Sequence[int] = (),
@@ -36,6 +38,8 @@ def generate(
         temperature: 0 takes the likeliest token.
         top_k: draw among the k likeliest tokens; 0 among all.
         top_p: draw among the likeliest tokens with this probability; 1 among all.
+        min_p: draw among tokens at least this times as likely as the likeliest; 0 among all.
+        repetition_penalty: above 1 makes tokens less likely that are there already; 1 is off.
         seed: equal seeds give equal responses.
         num_samples: responses per row, next to each other.
         end_ids: tokens that end a response; the one sampled is kept.
@@ -53,7 +57,12 @@ def generate(
         model,
         [row[real].tolist() for row, real in zip(input_ids, mask.bool(), strict=True)],
         GenerationOptions(
-            max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
         ),
         end_ids=end_ids,
         pad_id=pad_id,

@@ -412,3 +412,30 @@ def test_stream_yields_what_generate_returns(model):
             assert torch.is_grad_enabled(), "a suspended stream must not change its caller's mode"
             got.append(token)
         assert got == whole.response_ids
+
+
+def test_repetition_penalty_equals_transformers(llama):
+    """Greedy, so that the tokens say it all; prompts of uneven lengths, penalised for what each row itself holds."""
+    theirs, mine = llama
+    prompts = [[3, 9, 4, 11], [7, 5]]
+
+    def respond(penalty):
+        options = GenerationOptions(max_new_tokens=24, temperature=0.0, repetition_penalty=penalty)
+        rollouts = ours.generate(mine, prompts, options, end_ids=[], pad_id=0, num_samples=2)
+        return ids(rollouts)
+
+    expected = [
+        theirs.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            do_sample=False,
+            max_new_tokens=24,
+            repetition_penalty=1.8,
+            eos_token_id=None,
+            pad_token_id=0,
+        )[0, len(prompt) :].tolist()
+        for prompt in prompts
+        for _ in range(2)
+    ]
+    assert respond(1.8) == expected
+    assert respond(1.0) != expected

@@ -60,7 +60,7 @@ def check_exact_frequencies(module):
 
 BUGS = [
     ("scaled = scaled / options.temperature", "pass"),
-    ("scaled = restrict(scaled, options.top_k, options.top_p)", "pass"),
+    ("scaled = restrict(scaled, options.top_k, options.top_p, options.min_p)", "pass"),
     ("(inside.gather(1, offset) / total).log()", "inside.gather(1, offset)"),
     ("logits < ordered[:, -1:]", "logits <= ordered[:, -1:]"),
     ("(before < top_p)", "(before + probs < top_p)"),
@@ -186,3 +186,54 @@ def test_bad_options_are_named_together():
     ):
         assert part in str(error.value)
     check_options(GenerationOptions())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"min_p": 0.1}, {"min_p": 0.3, "top_k": 20}, {"min_p": 0.02, "temperature": 1.7, "top_p": 0.9},
+     {"repetition_penalty": 1.5}, {"repetition_penalty": 0.7, "min_p": 0.05, "temperature": 0.6}],
+)  # fmt: skip
+def test_min_p_and_repetition_penalty_are_those_of_transformers(settings):
+    """The distribution drawn from, read off the log-probabilities, is the one transformers' processors leave."""
+    from transformers.generation import logits_process as theirs
+
+    rows, vocab = 3, 40
+    rng = torch.Generator().manual_seed(1)
+    logits = torch.randn(rows, vocab, generator=rng, dtype=torch.float64) * 3
+    before = torch.randint(vocab, (rows, 12), generator=rng)
+    chain = [
+        theirs.RepetitionPenaltyLogitsProcessor(settings.get("repetition_penalty", 1.0)),
+        theirs.TemperatureLogitsWarper(settings.get("temperature", 1.0)),
+        theirs.TopKLogitsWarper(settings.get("top_k", vocab)),
+        theirs.TopPLogitsWarper(settings.get("top_p", 1.0)),
+        theirs.MinPLogitsWarper(settings.get("min_p", 0.0)),
+    ]
+    expected = logits.clone()
+    for processor in chain:
+        expected = processor(before, expected)
+    expected = torch.softmax(expected, dim=-1)
+    seen = torch.zeros(rows, vocab, dtype=torch.bool).scatter_(1, before, True)
+
+    def drawn(module):
+        n = 4000
+        sweep = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+        worst = 0.0
+        for row in range(rows):
+            tokens, logprobs = module.pick(
+                logits[row].expand(n, -1),
+                sweep,
+                GenerationOptions(**settings),
+                seen[row].expand(n, -1),
+            )
+            share = torch.bincount(tokens, minlength=vocab) / n
+            worst = max(worst, (share - expected[row]).abs().max().item() - 1.01 / n)
+            worst = max(worst, (logprobs.exp() - expected[row][tokens]).abs().max().item() - 1e-9)
+        return worst
+
+    assert drawn(sampling) <= 0
+    bug = (
+        ("+ math.log(min_p)", "+ math.log(min_p) / 2")
+        if "min_p" in settings
+        else ("scaled > 0", "scaled < 0")
+    )
+    assert drawn(with_bug(sampling, *bug)) > 0
