@@ -133,17 +133,6 @@ def stream(
             yield int(decoding.tokens[0, decoding.num_steps - 1])
 
 
-Sampler = Callable[..., list[Rollout]]
-"""(model, examples, options, end_ids=, pad_id=, seed=, prompt_indices=, num_samples=) -> rollouts, in order."""
-
-
-def sample_alone(
-    model: Any, prompts: Sequence[Any], options: GenerationOptions, **settings: Any
-) -> list[Rollout]:
-    """Sample responses to encoded prompts (`.prompt_ids`) with the model alone; settings are those of `generate`."""
-    return generate(model, [p.prompt_ids for p in prompts], options, **settings)
-
-
 @contextmanager
 def _inference(model: Any) -> Iterator[None]:
     """Eval mode and no gradient; the modes found are put back."""

@@ -20,7 +20,8 @@ from distllm.data.datasets import (
 )
 from distllm.data.labelled import ChoiceDataset, JudgedDataset
 from distllm.engines.base import Engine
-from distllm.generation.generate import Sampler, generate, sample_alone
+from distllm.generation.backend import Sampler, sample_alone
+from distllm.generation.generate import generate
 from distllm.generation.options import GenerationOptions
 from distllm.objectives.reward import Reward
 from distllm.objectives.sft import SFTOptions

@@ -10,7 +10,7 @@ from typing import Any
 from distllm import registry
 from distllm.config.abilities import abilities_of
 from distllm.engines.base import Engine
-from distllm.generation.generate import sample_alone
+from distllm.generation.backend import sample_alone
 from distllm.pipeline.build import Builder, Parts
 from distllm.pipeline.measure import (
     answer_greedily,

@@ -97,6 +97,12 @@ class Conversation:
             going = list(zip(open_talks, answers, strict=True))
         return [talk.rollout for talk in talks]
 
+    def sync(self, model: Model) -> None:
+        """Nothing: turns are sampled by the policy's own module."""
+
+    def sleep(self) -> None:
+        """Nothing to give back."""
+
     def _take(self, talk: _Talk, turn: Rollout, number: int, end_ids: Sequence[int]) -> bool:
         """Write a turn, and the answer to it, into the response; say whether the policy is to go on."""
         whole, first = talk.rollout, not talk.said

@@ -24,7 +24,7 @@ from distllm.data.mixture import make_sampler
 from distllm.engines.base import Engine
 from distllm.engines.collectives import any_true, together
 from distllm.engines.processes import phase
-from distllm.generation.generate import Sampler, sample_alone
+from distllm.generation.backend import Sampler, sample_alone
 from distllm.generation.noise import derive_seed
 from distllm.generation.options import GenerationOptions
 from distllm.generation.rollouts import pack_rollouts, spread, unpack_rollouts
@@ -178,6 +178,7 @@ class RolloutSource:
     ) -> list[Rollout]:
         chosen = together(lambda: [self.prompts[i] for i in ids])
         with phase("sampling"), self.engines["policy"].sampling() as model:
+            self.sampling.sample.sync(model)
 
             def sample(numbers: list[int]) -> list[Rollout]:
                 return self.sampling.sample(
@@ -193,6 +194,7 @@ class RolloutSource:
                 )
 
             rollouts = spread(len(ids), sample, num_samples)
+            self.sampling.sample.sleep()
         for rollout in rollouts:
             rollout.prompt_index = ids[rollout.prompt_index - position]
         return rollouts

@@ -7,7 +7,7 @@ from typing import Any
 
 from distllm.data.datasets import PromptExample
 from distllm.engines.base import Engine
-from distllm.generation.generate import Sampler, sample_alone
+from distllm.generation.backend import Sampler, sample_alone
 from distllm.generation.options import GenerationOptions
 from distllm.optim.constant import Constant
 from distllm.optim.options import ScheduleOptions

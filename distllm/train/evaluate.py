@@ -13,7 +13,7 @@ from distllm.data.datasets import PairExample, PromptExample
 from distllm.data.skills import exact_match
 from distllm.data.source import final_answer
 from distllm.engines.base import Engine
-from distllm.generation.generate import Sampler, sample_alone
+from distllm.generation.backend import Sampler, sample_alone
 from distllm.generation.options import GenerationOptions
 from distllm.generation.rollouts import spread
 from distllm.objectives.reward import Reward, score
