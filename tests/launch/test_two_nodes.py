@@ -6,13 +6,13 @@ Needs the right to make namespaces (root, as in most containers of CI) and `ip` 
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import time
 
 import pytest
 from launched import SFT, Job, are_gone, losses
 
-from distllm import registry
 from distllm.testing.stages import run_tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
@@ -59,13 +59,12 @@ class Cable:
                         run_dir,
                         *settings,
                         prefix=("ip", "netns", "exec", self.names[node]),
-                        NNODES="2",
                         NPROC_PER_NODE="2",
                         RDZV_ENDPOINT=f"{self.addresses[0]}:29400",
-                        RDZV_CONF=f"is_host={int(node == 0)}",
+                        RDZV_CONF=f"is_host={int(node == 0)},last_call_timeout=3",
                         LOCAL_ADDR=self.addresses[node],
                         GLOO_SOCKET_IFNAME=self.ends[node],
-                        **environment,
+                        **{"NNODES": "2", **environment},
                     )
                 )
                 for node in (0, 1)
@@ -99,8 +98,6 @@ def single(tmp_path_factory):
     "engine", [["engine=fsdp"], ["engine=deepspeed", "engine.zero_stage=2"]], ids=["fsdp", "zero-2"]
 )
 def test_ten_steps_on_two_nodes_equal_one_process(tmp_path, cable, single, engine):
-    if engine[0].partition("=")[2] not in registry.names("engine"):
-        pytest.skip(f"{engine[0]} is not there yet")
     if "deepspeed" in engine[0]:
         pytest.importorskip("deepspeed")
     run_dir = tmp_path / "run"
@@ -108,7 +105,7 @@ def test_ten_steps_on_two_nodes_equal_one_process(tmp_path, cable, single, engin
     with cable.jobs(run_dir, *settings, MAX_RESTARTS="0", DS_ACCELERATOR="cpu") as jobs:
         for job in jobs:
             assert job.end() == 0, job.text()[-4000:]
-        assert "4 processes" in jobs[0].text() + jobs[1].text()
+        assert "processes: 4" in jobs[0].text() + jobs[1].text()
     assert losses(run_dir) == pytest.approx(single, rel=1e-5)
 
 
@@ -129,9 +126,8 @@ def test_a_cut_cable_ends_every_process_and_a_restart_goes_on(tmp_path, cable):
             assert are_gone(below)
         finally:
             cable.set("up")
-        assert (
-            took_s < TIMEOUT_S + 60
-        )  # the isolated agent waits for its rendezvous, and is ended after 30 s
+        # The isolated agent waits for its rendezvous, and is ended after 30 s; the rest is for a busy machine.
+        assert took_s < TIMEOUT_S + 180
         reached = max(losses(run_dir))
 
     with cable.jobs(run_dir, *settings, f"train.max_steps={reached + 5}", MAX_RESTARTS="0") as jobs:
@@ -139,3 +135,32 @@ def test_a_cut_cable_ends_every_process_and_a_restart_goes_on(tmp_path, cable):
             assert job.end() == 0, job.text()[-4000:]
         assert "Going on from step" in jobs[0].text() + jobs[1].text()
     assert sorted(losses(run_dir)) == list(range(1, reached + 6))
+
+
+def test_f11_a_partition_leaves_one_world_and_the_nodes_meet_again(tmp_path, cable):
+    """One node is enough (NNODES=1:2): the side of the rendezvous goes on alone, the other one waits for the cable."""
+    run_dir = tmp_path / "run"
+    settings = [*SETTINGS, "engine=fsdp", "engine.timeout_s=8", "train.max_steps=100000"]
+    elastic = {"NNODES": "1:2", "MAX_RESTARTS": "20"}
+    with cable.jobs(run_dir, *settings, **elastic) as jobs:
+
+        def num_starts(size):
+            return sum(job.text().count(f"processes: {size},") for job in jobs)
+
+        jobs[0].wait_for(lambda: num_starts(4) == 1 and max(losses(run_dir), default=0) >= 7)
+        cable.set("down")
+        try:
+            jobs[0].wait_for(lambda: "processes: 2," in jobs[0].text())
+            before = max(losses(run_dir))
+            jobs[0].wait_for(lambda: max(losses(run_dir)) >= before + 7)
+            assert jobs[1].process.poll() is None
+            assert "processes: 2," not in jobs[1].text()  # no second world
+        finally:
+            cable.set("up")
+        jobs[0].wait_for(lambda: num_starts(4) == 2)
+        before = max(losses(run_dir))
+        jobs[0].wait_for(lambda: max(losses(run_dir)) >= before + 3)
+        for job in jobs:
+            job.process.send_signal(signal.SIGTERM)
+        assert [job.end() for job in jobs] == [3, 3], jobs[0].text()[-4000:]
+    assert sorted(losses(run_dir)) == list(range(1, max(losses(run_dir)) + 1))
