@@ -123,9 +123,21 @@ def clear_debris(folder: Path) -> None:
 
 
 def put_in_place(aside: Path, folder: Path) -> None:
-    """Rename `aside` to `folder`, replacing what is there."""
+    """Rename `aside` to `folder`, replacing what is there; on the disk before it has its name, lest power fail between."""
     old = beside(folder, "old")
+    for path in [*aside.rglob("*"), aside]:
+        _sync(path)
     if folder.exists():
         folder.rename(old)
     aside.rename(folder)
+    _sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Make a file's content, or a folder's names, durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -6,13 +6,24 @@ step. It happens once in the life of the process.
 
 import contextlib
 import functools
+import json
 import os
 import signal
 import threading
 import time
 from pathlib import Path
 
-PLACES = ("forward", "backward", "all_reduce", "optimizer", "loss", "gradient", "weights", "read")
+PLACES = (
+    "forward",
+    "backward",
+    "all_reduce",
+    "optimizer",
+    "loss",
+    "gradient",
+    "weights",
+    "read",
+    "record",
+)
 """Where a fault may be; `save:PHASE` is a fault point of a checkpoint's writing."""
 
 now = {"step": 0}
@@ -253,6 +264,37 @@ def _in_call(fault):
         return call
 
     _wrap(os, name, make)
+
+
+def _in_record(fault):
+    """Nothing goes wrong: each fsync and rename is written into the file `log`, before it is made."""
+    rank = fault["rank"]
+    log = os.open(fault["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def note(*record):
+        os.write(log, json.dumps([rank, *record]).encode() + b"\n")
+
+    def renaming(name):
+        def make(honest):
+            def rename(source, target, **kwargs):
+                files = [str(p) for p in Path(source).rglob("*")] if Path(source).is_dir() else []
+                note(name, json.dumps({"path": str(source), "files": files}), str(target))
+                return honest(source, target, **kwargs)
+
+            return rename
+
+        return make
+
+    def make_fsync(honest):
+        def fsync(fd):
+            note("fsync", _path_of(fd), None)
+            return honest(fd)
+
+        return fsync
+
+    _wrap(os, "fsync", make_fsync)
+    for name in ("rename", "replace"):
+        _wrap(os, name, renaming(name))
 
 
 def _path_of(what):
