@@ -71,7 +71,9 @@ from distllm.train.step import optimizer_step
 class Ours:
     """distllm's GRPO through the same engine, source and step as `distllm train stage=grpo`."""
 
-    def __init__(self, folder: Path, tokenizer: Any, precision: str, threads: int) -> None:
+    def __init__(
+        self, folder: Path, tokenizer: Any, precision: str, threads: int, device: str = "cpu"
+    ) -> None:
         source = open_source(DataOptions(name="skills", num_prompts=256), 0)
         prompts = PromptDataset(source.prompts("train"), tokenizer, 128)
         model, _ = load_model(folder)
@@ -79,7 +81,7 @@ class Ours:
             "policy",
             model,
             options=EngineOptions(),
-            hardware=HardwareOptions(device="cpu", threads=threads),
+            hardware=HardwareOptions(device=device, threads=threads),
             precision=precision,
             optim=AdamWOptions(lr=1e-6),
         )
@@ -148,6 +150,7 @@ class Peer:
             **settings,
         }
         self.dtype = self.settings.pop("weights", torch.float32)
+        self.device = self.settings.pop("device", "cpu")
         self.lengths: list[float] = []
         self.phases: dict[str, list[float]] = {}
         spent = {"sample": 0.0, "reward": 0.0}
@@ -200,7 +203,7 @@ class Peer:
                 max_completion_length=MAX_NEW_TOKENS,
                 learning_rate=1e-6,
                 temperature=1.0,
-                use_cpu=True,
+                use_cpu=self.device == "cpu",
                 report_to=[],
                 save_strategy="no",
                 logging_strategy="no",
@@ -242,10 +245,17 @@ def tune(folder: Path, tokenizer: Any) -> list[dict[str, Any]]:
 
 
 def measure(
-    folder: Path, tokenizer: Any, precision: str, threads: int, rounds: int, steps: int
+    folder: Path,
+    tokenizer: Any,
+    precision: str,
+    threads: int,
+    rounds: int,
+    steps: int,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Measure one cell in interleaved rounds."""
-    ours, peer = Ours(folder, tokenizer, precision, threads), Peer(folder, tokenizer, precision)
+    ours = Ours(folder, tokenizer, precision, threads, device)
+    peer = Peer(folder, tokenizer, precision, device=device)
     ours.run(2)
     ours.phases.clear()
     mine: list[float] = []
@@ -258,7 +268,7 @@ def measure(
         "ours_s": mine,
         "peer_s": theirs,
         "ratio": statistics.median(theirs) / statistics.median(mine),
-        "ceiling_s": ceiling(precision, length),
+        "ceiling_s": ceiling(precision, length, device),
         "response_tokens": {"ours": length, "peer": statistics.mean(peer.lengths)},
         "phases_s": {
             side: {k.removeprefix("time/"): statistics.median(v) for k, v in phases.items()}

@@ -4,6 +4,9 @@ Same model for all (6 layers, d_model 384, d_ff 1,024, vocabulary 8,192, tied; b
 by the first loss), same dtype, gradient clipping and AdamW everywhere. Ours runs what `distllm train` runs: packed rows
 with document isolation, the engine, the optimizer step.
 
+Two more models, eager, against the Trainer alone (`pretrain_families.py`): `bert`, 15% of 8 x 256 tokens hidden, and `t5`,
+8 x 256 tokens read and 64 written per row; feed-forward 1,536 wide, the rest as above.
+
 Cells: eager and compiled, bf16 (autocast) and fp32; and each peer twice:
 - *as users run it*: glibc's allocator and the library's default settings;
 - *with our settings*: our allocator thresholds, thread settings and fused AdamW, and the fastest of the settings tried.
@@ -37,6 +40,7 @@ OUR_ENVIRONMENT = {"GOMP_SPINCOUNT": "2000"}
 """What the command line sets before torch is loaded."""
 
 CELLS = [(mode, precision) for mode in ("eager", "compiled") for precision in ("bf16", "fp32")]
+CELLS += [(family, precision) for family in ("bert", "t5") for precision in ("bf16", "fp32")]
 PEERS = {"trainer": "transformers Trainer", "plain": "nanoGPT-style loop"}
 SETTINGS = {
     "trainer": [{}, {"attention": "eager"}, {"optim": "adamw_torch"}],
@@ -94,6 +98,8 @@ def measure(
     mode: str, precision: str, workers: dict[str, Worker], arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """Measure one cell: tokens per second of every side, and the settings tried."""
+    if mode in ("bert", "t5"):
+        return measure_family(mode, precision, workers, arguments)
     common = {"batch": arguments.batch, "precision": precision, "compiled": mode == "compiled"}
     tried: dict[str, list[dict[str, Any]]] = {}
     chosen = {side: settings[0] for side, settings in SETTINGS.items()}
@@ -140,6 +146,52 @@ def measure(
     }
 
 
+def measure_family(
+    family: str, precision: str, workers: dict[str, Worker], arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Measure a cell of another family against the Trainer."""
+    common = {"family": family, "batch": arguments.batch, "precision": precision}
+    settings = SETTINGS["trainer"]
+    candidates = [
+        Entry(workers["tuned"], "family trainer", "", common | setting) for setting in settings
+    ]
+    interleave(candidates, min(2, arguments.rounds), arguments.steps)
+    fastest = [min(c.seconds) for c in candidates]
+    chosen = settings[fastest.index(min(fastest))]
+    workers["tuned"].ask(do="drop")
+    peer, words = "family trainer", PEERS["trainer"]
+    entries = {
+        "ours": Entry(workers["tuned"], "family ours", "distllm", common),
+        "trainer, as users run it": Entry(
+            workers["stock"], peer, f"{words}, as users run it", common
+        ),
+        "trainer, with our settings": Entry(
+            workers["tuned"], peer, f"{words}, with our settings", common | chosen
+        ),
+        "ceiling": Entry(workers["tuned"], "family products", "bare matrix products", common),
+    }
+    losses = [e.loss for e in entries.values() if e.loss is not None]
+    if max(losses) - min(losses) > 0.02:
+        raise RuntimeError(f"the sides do not train the same model: first losses {losses}")
+    interleave(list(entries.values()), arguments.rounds, arguments.steps)
+    for worker in workers.values():
+        worker.ask(do="drop")
+    tokens = arguments.tokens * (5 if family == "t5" else 4) // 4
+    return {
+        "tokens_per_s": {
+            name: [round(tokens / s, 1) for s in e.seconds] for name, e in entries.items()
+        },
+        "labels": {name: e.label for name, e in entries.items()},
+        "chosen": {"trainer": chosen},
+        "tried": {
+            "trainer": [
+                {"setting": s, "tokens_per_s": round(tokens / v)}
+                for s, v in zip(settings, fastest, strict=True)
+            ]
+        },
+    }
+
+
 def show(mode: str, precision: str, cell: dict[str, Any]) -> None:
     """Print one cell."""
     medians = {name: statistics.median(v) for name, v in cell["tokens_per_s"].items()}
@@ -178,12 +230,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="timed steps a round")
     parser.add_argument("--threads", type=int, default=0, help="0: as each side chooses")
-    parser.add_argument("--cells", nargs="*", default=[], help="such as eager-bf16; all without it")
+    parser.add_argument(
+        "--cells", nargs="*", default=[], help="such as eager-bf16, t5-fp32; all without it"
+    )
     parser.add_argument("--quick", action="store_true", help="a tiny model, one round, eager")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.rounds = arguments.steps = 1
-        arguments.cells = arguments.cells or ["eager-bf16", "eager-fp32"]
+        arguments.cells = arguments.cells or ["eager-bf16", "eager-fp32", "bert-bf16", "t5-bf16"]
     return arguments
 
 

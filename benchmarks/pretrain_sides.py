@@ -328,7 +328,12 @@ def serve(connection: Any, tuned: bool, threads: int, quick: bool) -> None:
             return
         try:
             if order["do"] == "build":
-                side = SIDES[order["side"]](shape_of(quick), **order["arguments"])
+                if order["side"].startswith("family"):
+                    from pretrain_families import SIDES as families
+
+                    side = families[order["side"]](quick=quick, **order["arguments"])
+                else:
+                    side = SIDES[order["side"]](shape_of(quick), **order["arguments"])
                 sides[order["key"]] = side
                 connection.send(side.loss() if hasattr(side, "loss") else None)
             elif order["do"] == "run":

@@ -65,28 +65,33 @@ class EReward:
         """Nothing to give back."""
 
 
-def ceiling(precision: str, length: float) -> float:
+def ceiling(precision: str, length: float, device: str = "cpu", updates: int = 1) -> float:
     """Return the seconds that the step's bare matrix products take: decoding, one forward, two backwards.
 
-    Decoding counts `RESPONSES` rows for `length` tokens each, as if rows that ended were replaced at no cost.
+    Decoding counts `RESPONSES` rows for `length` tokens each, as if rows that ended were replaced at no cost. `updates` counts passes of forward and backward
+    over all tokens.
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     d, kv = SHAPE.d_model, SHAPE.d_model // 2
     layer = [(d, d), (d, kv), (d, kv), (d, d), (d, SHAPE.d_ff), (d, SHAPE.d_ff), (SHAPE.d_ff, d)]
-    weights = [torch.randn(o, i, dtype=dtype) for i, o in layer * SHAPE.n_layers]
-    weights.append(torch.randn(SHAPE.vocab_size, d, dtype=dtype))
+    weights = [torch.randn(o, i, dtype=dtype, device=device) for i, o in layer * SHAPE.n_layers]
+    weights.append(torch.randn(SHAPE.vocab_size, d, dtype=dtype, device=device))
 
     def products(rows: int, factor: int) -> float:
-        inputs = {w.shape[1]: torch.randn(rows, w.shape[1], dtype=dtype) for w in weights}
+        inputs = {
+            w.shape[1]: torch.randn(rows, w.shape[1], dtype=dtype, device=device) for w in weights
+        }
         runs = []
         for _ in range(5):
             start = time.perf_counter()
             for weight in weights:
                 torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+            if device != "cpu":
+                torch.cuda.synchronize()
             runs.append(time.perf_counter() - start)
         return factor * statistics.median(runs)
 
-    return length * products(RESPONSES, 1) + products(int(RESPONSES * (length + 20)), 3)
+    return length * products(RESPONSES, 1) + products(int(RESPONSES * (length + 20)), 3 * updates)
 
 
 def describe(seconds: list[float]) -> str:
