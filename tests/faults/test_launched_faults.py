@@ -6,6 +6,8 @@ import pytest
 from launched import Job, are_gone, kill
 from runs import check_equal, check_tidy, logged_steps, saved_steps
 
+from distllm.testing.gloo import free_port
+
 pytestmark = pytest.mark.timeout(1200)
 
 
@@ -127,6 +129,34 @@ def test_f06_a_signal_in_the_middle_of_a_save_waits_for_it(nursery, settings, or
     check_equal(run_dir, oracle)
 
 
+@pytest.mark.slow
+def test_f06_a_save_may_take_longer_than_a_step(nursery, settings, oracle, tmp_path):
+    """The limit is that of the phase: 6 s of writing on one rank are no hang where a step may take 3 s, and end a step."""
+    limits = ["engine.timeout_s=3", "engine.long_timeout_s=60"]
+    slow = {"rank": 1, "do": "sleep", "seconds": 6}
+    in_save = [{**slow, "at": "save:mid_write", "step": 4}]
+    with nursery.start(tmp_path / "run", *settings, *limits, faults=in_save) as job:
+        assert job.end() == [0, 0], job.text()
+    check_equal(tmp_path / "run", oracle)
+    in_step = [{**slow, "at": "read", "step": 4}]
+    with nursery.start(tmp_path / "other", *settings, *limits, faults=in_step) as job:
+        assert job.end()[0] == 1, job.text()
+    assert "in phase update of step 4 (limit 3 s)" in job.ranks[0].text
+
+
+@pytest.mark.slow
+def test_a_rank_that_never_comes_is_missed_by_name(nursery, settings, tmp_path):
+    environment = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
+    limit = "engine.start_timeout_s=5"
+    with nursery.start(
+        tmp_path / "run", *settings, limit, world=1, **environment, MASTER_PORT=free_port()
+    ) as job:
+        assert job.end() == [2], job.text()
+    told = job.ranks[0].text
+    assert "rank 0 of 2 did not meet the others at 127.0.0.1:" in told, told
+    assert "engine.start_timeout_s=5" in told and "Traceback" not in told
+
+
 TIMEOUT_S = 8
 
 
@@ -153,8 +183,6 @@ def test_f07_a_stopped_rank_is_named_and_replaced(nursery, settings, tmp_path):
 
 @pytest.mark.slow
 def test_f13_when_the_host_of_the_rendezvous_dies_the_others_say_so(settings, tmp_path):
-    from distllm.testing.gloo import free_port
-
     run_dir, port = tmp_path / "run", free_port()
     more = ["train.max_steps=100000", f"engine.timeout_s={TIMEOUT_S}"]
     nodes = {
