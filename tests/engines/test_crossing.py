@@ -29,6 +29,15 @@ COMMON = [
 SINGLE, DDP, FSDP = ["engine=single"], ["engine=ddp"], ["engine=fsdp"]
 TP = [*FSDP, "engine.mesh.tp_size=2"]
 HSDP = [*FSDP, "engine.mesh.dp_replicate=2"]
+ACCELERATE = ["engine=accelerate", f"engine.config='{HERE / 'accelerate_cpu.yaml'}'"]
+ZERO = {
+    stage: [
+        "engine=deepspeed",
+        f"engine.zero_stage={stage}",
+        f"engine.config='{HERE / 'small_parts.json'}'",  # at the usual sizes nothing would be cut
+    ]
+    for stage in (1, 2, 3)
+}
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +88,12 @@ def ledger(folder, step=12):
     return state["data_position"]
 
 
+def assert_one_format(folder):
+    """No engine leaves a checkpoint of its own library."""
+    files = [p for p in (folder / "checkpoints").rglob("*") if p.is_file()]
+    assert {p.suffix for p in files} <= {".json", ".safetensors"}, files
+
+
 def consumed(folder):
     """Return step -> the samples that went into it, from what the ranks noted themselves."""
     steps = {}
@@ -115,12 +130,17 @@ def test_ddp_then_fsdp_then_tensor_parallel_then_single(start):
     check_ledger(folder / "sft" / "whole", run)
 
 
-def test_every_engine_exports_the_same_bytes(start):
+EXPORTING = {"ddp": DDP, "fsdp": FSDP, "tp": TP}
+OTHERS = {"accelerate": ACCELERATE} | {f"zero {stage}": ZERO[stage] for stage in ZERO}
+
+
+@pytest.mark.parametrize("engines", [EXPORTING, pytest.param(OTHERS, marks=pytest.mark.slow)], ids=", ".join)  # fmt: skip
+def test_every_engine_exports_the_same_bytes(start, engines):
     """The last checkpoint of one process, exported under others."""
     folder, settings = start
     whole = folder / "sft" / "whole"
     copies = []
-    for name in ("ddp", "fsdp", "tp"):
+    for name in engines:
         copy = folder / f"export-{name}" / "run"
         shutil.copytree(whole, copy)
         shutil.rmtree(copy / "model")
@@ -128,7 +148,7 @@ def test_every_engine_exports_the_same_bytes(start):
         copies.append(copy)
     stretches = [
         [str(c), [*settings["sft"], *engine], None]
-        for c, engine in zip(copies, (DDP, FSDP, TP), strict=True)
+        for c, engine in zip(copies, engines.values(), strict=True)
     ]
     run_on(2, "crossing:relay", {"stretches": stretches}, path=[HERE], timeout_s=800)
     expected = (whole / "model" / "model.safetensors").read_bytes()
@@ -151,6 +171,36 @@ def test_one_process_then_four_then_two_then_one(start):
     assert not stretch(run, [*settings["sft"], *SINGLE], 3)
     assert relay(4, run, settings["sft"], (HSDP, 2), (TP, 2)) == [False, False]
     assert relay(2, run, settings["sft"], (DDP, 3)) == [False]
+    assert stretch(run, [*settings["sft"], *SINGLE])
+    same_curve(folder / "sft" / "whole", run)
+    check_ledger(folder / "sft" / "whole", run)
+
+
+@pytest.mark.slow
+def test_zero_3_then_fsdp_on_four_then_single(start):
+    pytest.importorskip("deepspeed")
+    folder, settings = start
+    run = folder / "sft-zero" / "run"
+    run.parent.mkdir()
+    assert relay(2, run, settings["sft"], (ZERO[3], 5)) == [False]
+    assert_one_format(run)
+    assert relay(4, run, settings["sft"], (FSDP, 3)) == [False]
+    assert stretch(run, [*settings["sft"], *SINGLE])
+    same_curve(folder / "sft" / "whole", run)
+    check_ledger(folder / "sft" / "whole", run)
+
+
+@pytest.mark.slow
+def test_through_every_stage_of_zero_and_accelerate(start):
+    """From what one process saved, and back."""
+    pytest.importorskip("deepspeed")
+    folder, settings = start
+    run = folder / "sft-stages" / "run"
+    run.parent.mkdir()
+    assert not stretch(run, [*settings["sft"], *SINGLE], 2)
+    legs = [(ZERO[1], 2), (ZERO[2], 2), (ZERO[3], 2), (ACCELERATE, 2)]
+    assert relay(2, run, settings["sft"], *legs) == [False] * 4
+    assert_one_format(run)
     assert stretch(run, [*settings["sft"], *SINGLE])
     same_curve(folder / "sft" / "whole", run)
     check_ledger(folder / "sft" / "whole", run)
