@@ -50,10 +50,16 @@ class Attended:
 
     def keys(self, row: float, causal_half: bool) -> float:
         """Return how many keys a token is counted as seeing, on average, in a row of `row` of them."""
-        near = row if self.window is None else min(row, self.window)
-        if not (causal_half and self.causal):
+        # A window is counted on the sides that a layer looks to.
+        reach = row if self.window is None else self.window if self.causal else 2 * self.window - 1
+        near = min(row, reach)
+        if not causal_half or not row:
             return near
-        return near - near**2 / (2 * row) if row else 0.0
+        if self.causal:
+            return near - near**2 / (2 * row)
+        if self.window is None or self.window >= row:
+            return near
+        return reach - self.window * (self.window - 1) / row  # less at both ends of the row
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,8 @@
 """The count of floating-point operations against torch's counter, which sees the matrix products that really run."""
 
+import dataclasses
+import itertools
+
 import pytest
 import torch
 from patched import with_bug
@@ -12,6 +15,7 @@ from distllm.config import flops as flops_module
 from distllm.config.compose import compose
 from distllm.config.flops import model_flops
 from distllm.config.footprint import build_meta
+from distllm.objectives.clm import lm_loss
 from distllm.types import IGNORE_INDEX, Batch
 
 SHAPES = {
@@ -23,6 +27,8 @@ SHAPES = {
                         "position": "learned", "n_kv_heads": 4}),
     "bert": ("encoder", {"n_kv_heads": 4, "head_transform": True}),
     "t5": ("encoder_decoder", {"position": "relative", "n_kv_heads": 4}),
+    "experts": ("decoder", {"num_experts": 8, "experts_per_token": 2, "d_expert": 96}),
+    "glm": ("glm", {}),
 }  # fmt: skip
 
 
@@ -54,6 +60,63 @@ def test_a_forward_costs_what_torch_counts(name):
     expected = counted(arch, options, batch)
     costs = model_flops(build_meta(options))
     assert costs(batch, causal_half=False) / 3 == pytest.approx(expected, rel=1e-9)
+
+
+WINDOWED = {
+    "sliding decoder": ("decoder", {"layer_types": ["window", "full"], "window": 24}),
+    "sliding encoder": ("encoder", {"layer_types": ["full", "window"], "window": 17, "n_kv_heads": 4,
+                                    "head_transform": True}),
+    "encoder-decoder": ("encoder_decoder", {"position": "relative", "n_kv_heads": 4}),
+}  # fmt: skip
+
+
+def query_by_query(q, k, v, *, mask, **_):
+    """Compute what a fused kernel does: the products of pairs that see each other, alone."""
+    groups, seen = q.shape[2] // k.shape[2], None
+    if mask.bias is not None:
+        seen = (mask.bias[0, 0] > -1e9).expand(q.shape[1], k.shape[1])
+    outs = torch.zeros_like(q)
+    for i in range(q.shape[1]):
+        keys = torch.arange(k.shape[1])
+        if seen is not None:
+            keys = keys[seen[i]]
+        elif mask.causal:
+            keys = keys[: i + 1]
+        for b, h in itertools.product(range(q.shape[0]), range(q.shape[2])):
+            scores = torch.mm(q[b, i : i + 1, h], k[b, keys, h // groups].t())
+            outs[b, i, h] = torch.mm(scores.softmax(-1), v[b, keys, h // groups])[0]
+    return outs
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_what_a_fused_kernel_computes_is_counted_within_one_percent(name, monkeypatch):
+    arch, switches = WINDOWED[name]
+    monkeypatch.setattr("distllm.arch.block.attention", query_by_query)
+    options = registry.get("arch", arch).Options(d_model=16, n_heads=2, n_kv_heads=2, n_layers=2, d_ff=32, vocab_size=50,
+                                                 **{k: v for k, v in switches.items() if k != "n_kv_heads"})  # fmt: skip
+    batch = a_batch(arch, seq=96, target=64)
+    expected = counted(arch, options, batch)
+    costs = model_flops(build_meta(options))
+    assert costs(batch, causal_half=True) / 3 == pytest.approx(expected, rel=0.01)
+    if "sliding" in name:  # a window counted on one side only, or not at all, is further away
+        wrong = [dataclasses.replace(a, window=None) for a in costs.attention]
+        broken = dataclasses.replace(costs, attention=tuple(wrong))
+        assert broken(batch, causal_half=True) / 3 != pytest.approx(expected, rel=0.01)
+
+
+def test_a_masked_language_model_pays_for_its_head_where_tokens_are_hidden():
+    options = registry.get("arch", "encoder").Options(n_kv_heads=4, head_transform=True)
+    batch = a_batch("encoder")
+    batch.labels = batch.labels.masked_fill(torch.arange(32) % 7 > 0, IGNORE_INDEX)
+    model = registry.get("arch", "encoder")(options)
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.no_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+    ):
+        lm_loss(model, batch)
+    costs = model_flops(build_meta(options))
+    assert costs(batch, causal_half=False) / 3 == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 def test_an_output_matrix_counted_for_every_embedding_is_noticed():
