@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from distllm.data.datasets import PromptExample
 from distllm.errors import ConfigError
@@ -11,7 +12,9 @@ from distllm.generation.options import GenerationOptions
 from distllm.rl.conversation import Conversation, check_can_converse
 from distllm.rl.environments.calculator import Calculator, calculate
 from distllm.rl.scoring import score_logprobs
+from distllm.testing.rl_loop import make_source
 from distllm.testing.tiny import single_engine, tiny_decoder
+from distllm.train.step import optimizer_step
 from distllm.types import Prompt
 
 LETTERS = "_0123456789+=."
@@ -195,3 +198,50 @@ def test_an_encoder_decoder_is_refused():
         ConfigError, match=r"stage\.environment needs a policy that reads one sequence"
     ):
         check_can_converse(EncoderDecoder(EncoderDecoderOptions(**small)), 0)
+
+
+PROMPTS = ["1+2", "3+4"]
+
+
+def use_the_tool(prompt, response):
+    """Half for the characters of the question and of the call that stand in their places, half for the right end."""
+    asked, answer = decode(prompt) + "=", calculate(decode(prompt))
+    text = decode(response)
+    right = sum(a == b for a, b in zip(asked, text, strict=False)) / len(asked)
+    return 0.5 * right + 0.5 * (text == asked + answer and response[-1] == END)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_grpo_learns_to_call_the_calculator():
+    """From about 0.02 at random, 160 steps close 80% of the gap to the optimum, 1, on at least 3 of 4 seeds."""
+    closed = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = tiny_decoder(vocab_size=len(LETTERS), init_std=0.1, seed=seed, d_model=32, d_ff=64)
+        engine = single_engine(model, "policy", lr=4e-3)
+        source = make_source(
+            "grpo",
+            {"policy": engine},
+            [encode(p) for p in PROMPTS],
+            use_the_tool,
+            end_id=END,
+            max_new_tokens=8,
+            batch_size=64,
+            lr=4e-3,
+            num_samples=16,
+            entropy_coef=0.02,
+            scale_by_std=False,
+            seed=seed,
+            decode=decode,
+            sample=talk(max_turns=2),
+        )
+        rewards = []
+        for step in range(160):
+            work, metrics = source.next(step)
+            rewards.append(metrics["rl/reward_mean"])
+            for part in work:
+                optimizer_step(part.engine, part.objective, part.micro_batches, part.lr)
+        start, end = rewards[0], sum(rewards[-5:]) / 5
+        closed.append((end - start) / (1 - start))
+    assert sorted(closed)[1] >= 0.8, closed
