@@ -213,7 +213,16 @@ def _alive(holder: Mapping[str, Any]) -> bool:
         return False
     except PermissionError:
         pass
-    return _start_time(pid) == holder.get("started")
+    # One that has ended stays in the table, a zombie, until its parent asks; in a container that may be never.
+    return _start_time(pid) == holder.get("started") and not _is_zombie(pid)
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return False
+    return stat[stat.rindex(b")") + 2 :].split()[0] in (b"Z", b"X")
 
 
 def _start_time(pid: int) -> int | None:

@@ -183,6 +183,20 @@ def test_disk_without_kernel_locks(tmp_path, monkeypatch):
         pass
 
 
+def test_a_holder_that_is_dead_and_not_waited_for(tmp_path):
+    """A zombie, as where the first process of a container waits for nobody."""
+    pid = os.fork()
+    if pid == 0:
+        RunDir(tmp_path).lock().__enter__()
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    holder = json.loads((tmp_path / ".lock").read_text())
+    assert holder["pid"] == pid and run_dir._start_time(pid) == holder["started"]
+    with RunDir(tmp_path).lock():
+        pass
+    os.waitpid(pid, 0)
+
+
 def test_start_time_lies_between_before_and_after():
     """Against the machine's clock, for a process whose name is made to confuse."""
     ready, tell = os.pipe()
