@@ -187,7 +187,8 @@ def test_a_holder_that_is_dead_and_not_waited_for(tmp_path):
     """A zombie, as where the first process of a container waits for nobody."""
     pid = os.fork()
     if pid == 0:
-        RunDir(tmp_path).lock().__enter__()
+        held = RunDir(tmp_path).lock()
+        held.__enter__()
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     holder = json.loads((tmp_path / ".lock").read_text())
