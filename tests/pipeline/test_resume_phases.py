@@ -9,6 +9,8 @@ from test_resume import same_checkpoint
 from distllm.rl import loop
 from distllm.testing.stages import SKILLS, StopAfter, run_tiny, timeless_metrics, weights_hash
 
+pytestmark = pytest.mark.slow
+
 SHORT = [
     *SKILLS,
     "train.max_steps=5",
@@ -20,6 +22,7 @@ SHORT = [
     "stage.reward=regex",
     "stage.reward_pattern='[a-m]'",
     "stage.reward_workers=1",
+    "stage.reward_timeout_s=120",
 ]
 """Two updates an epoch: with two epochs, five steps end in the second update of the second batch of rollouts' epoch."""
 
