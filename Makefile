@@ -26,8 +26,9 @@ $(STAMP): requirements.lock setup.py pyproject.toml
 demo: setup
 	$(PY) -m distllm pipeline pipeline=demo run.dir=runs/demo
 
+# Two test files at a time, each on one core.
 test: setup
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses=2 --dist=loadfile
 
 test-all: setup
 	$(PY) -m pytest -m "slow or not slow" --record=docs/test_all.md

@@ -49,6 +49,7 @@ setup(
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "ruff>=0.12",
             "pyright>=1.1.400",
             "setuptools>=77",

@@ -47,6 +47,8 @@ SHARED_SOURCES: Mapping[str, str] = {
     "clip_high": "0.2, as in OpenAI's code, TRL, verl and OpenRLHF",
     "dual_clip": "off, as in TRL; verl has 3 always on",
     "kl_coef": "off, as in TRL's GRPO, verl and DAPO",
+    "environment": "none: a response is one turn",
+    "max_turns": "a few calls of a tool, then an answer; read with an environment only",
     "measure_kl": "off: a reference costs the memory of a model",
     "kl_in": "a term of the loss, with the gradient of the true divergence (arXiv 2506.09477)",
     "kl_kind": "k1, the unbiased one",

@@ -17,9 +17,9 @@ import torch
 
 from distllm.config.compose import compose
 from distllm.engines.processes import processes
+from distllm.generation import backend
 from distllm.generation import generate as generation
 from distllm.generation.rollouts import pack_rollouts, unpack_rollouts
-from distllm.rl import loop as rl_loop
 from distllm.rl.objective import PolicyObjective
 from distllm.testing.stages import SKILLS, run_tiny
 
@@ -112,7 +112,7 @@ def run(
         rollouts: folder of rollouts; those that are not there yet are sampled and written.
     """
     config = compose([*settings, "run.dir=unused"])
-    replayed = mock.patch.object(rl_loop, "generate", _Replay(Path(rollouts)))
+    replayed = mock.patch.object(backend, "generate", _Replay(Path(rollouts)))
     measured = mock.patch.object(PolicyObjective, "loss", _with_scale(PolicyObjective.loss))
     with processes(config.engine, torch.device("cpu")), replayed, measured:
         for stage in STAGES:
@@ -130,8 +130,10 @@ class _Replay:
         self.folder = folder
 
     def __call__(self, model: Any, prompt_ids: Any, options: Any, **kwargs: Any) -> Any:
-        indices, seed = kwargs["prompt_indices"], kwargs["seed"]
         sampled = generation.generate(model, prompt_ids, options, **kwargs)
+        if options.temperature == 0 or "prompt_indices" not in kwargs:  # of an evaluation
+            return sampled
+        indices, seed = kwargs["prompt_indices"], kwargs["seed"]
         path = self.folder / f"{kwargs['num_samples']}-{seed}.safetensors"
         if not path.exists():
             self.folder.mkdir(exist_ok=True)
