@@ -1,8 +1,8 @@
 """What the fault tests share: forked ranks, a toy model, and the run that nothing happens to."""
 
 import pytest
+from fault_runs import NUM_STEPS, SETTINGS, write_dialogues
 from nursery import Nursery
-from runs import NUM_STEPS, SETTINGS, write_dialogues
 
 from distllm.testing.stages import TINY, write_text
 

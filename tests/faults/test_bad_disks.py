@@ -6,7 +6,7 @@ import shutil
 import subprocess
 
 import pytest
-from runs import check_equal, check_tidy, logged_steps, saved_steps, stopped_at
+from fault_runs import check_equal, check_tidy, logged_steps, saved_steps, stopped_at
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -5,7 +5,7 @@ import logging
 import shutil
 
 import pytest
-from runs import check_equal, logged_steps, state_of, stopped_at
+from fault_runs import check_equal, logged_steps, state_of, stopped_at
 
 from distllm.errors import CheckpointError
 from distllm.train.checkpoint import Checkpoints

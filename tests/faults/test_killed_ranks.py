@@ -3,7 +3,7 @@
 import signal
 
 import pytest
-from runs import check_equal, saved_steps
+from fault_runs import check_equal, saved_steps
 
 from distllm.train.manifest import verify
 

@@ -3,8 +3,8 @@
 import signal
 
 import pytest
+from fault_runs import check_equal, check_tidy, logged_steps, saved_steps
 from launched import Job, are_gone, kill
-from runs import check_equal, check_tidy, logged_steps, saved_steps
 
 from distllm.testing.gloo import free_port
 

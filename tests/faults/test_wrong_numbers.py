@@ -4,7 +4,7 @@ import signal
 
 import pytest
 import torch
-from runs import NUM_STEPS, check_equal, check_tidy, logged_steps, saved_steps
+from fault_runs import NUM_STEPS, check_equal, check_tidy, logged_steps, saved_steps
 
 from distllm.train.checkpoint import Loaded
 from distllm.train.manifest import verify
