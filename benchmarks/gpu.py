@@ -21,6 +21,7 @@ import json
 import multiprocessing
 import sys
 import time
+from queue import Empty
 from typing import Any
 
 from harness import headline, machine
@@ -194,7 +195,7 @@ def apart(side: str, row: str, case: dict[str, Any], given: argparse.Namespace) 
     process.start()
     try:
         return queue.get(timeout=given.limit_s)
-    except Exception:
+    except Empty:
         return {"model": row, "error": f"no answer within {given.limit_s} s"}
     finally:
         process.kill()

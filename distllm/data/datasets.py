@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
@@ -123,7 +124,7 @@ def text_rows(
 Example = TypeVar("Example", ChatExample, PairExample, UnpairedExample, PromptExample)
 
 
-class Encoded(Generic[Example]):
+class Encoded(ABC, Generic[Example]):
     """Records as token ids, each checked; what cannot be used is refused, or left out on request."""
 
     what = "record"
@@ -192,13 +193,13 @@ class Encoded(Generic[Example]):
     def __getitem__(self, index: int) -> Example:
         return self._examples[index]
 
+    @abstractmethod
     def encode(self, record: Any, tok: PreTrainedTokenizerFast, index: int) -> Example:
         """Encode one record as sample `index`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def length(self, example: Example) -> int:
         """Return how many tokens a sample takes."""
-        raise NotImplementedError
 
     def cut(self, example: Example, max_len: int) -> Example | None:
         """Return what is left of a sample that is too long, or None if it is of no use."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -79,7 +80,7 @@ def saved_labels(builder: Builder) -> list[str]:
     """Return the label names of the model to start from; none if it has no head for labels."""
     if builder.config.model is None:
         return []
-    config = read_config(builder.config.model)
+    config = read_config(Path(builder.config.model))
     if config.get("distllm_head") not in ("classify", "tag"):
         return []
     named = config.get("id2label") or {}

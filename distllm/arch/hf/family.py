@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -41,7 +42,7 @@ ACTIVATIONS = {
 _NORM_BUFFERS = {"distllm_reward_mean": "head.reward_mean", "distllm_reward_std": "head.reward_std"}
 
 
-class Family:
+class Family(ABC):
     """Translates one `model_type`. Subclasses say in class attributes what is theirs."""
 
     model_type: str
@@ -75,9 +76,9 @@ class Family:
         """Return the settings that are not one option each."""
         return {}
 
+    @abstractmethod
     def rules(self, options: Any, head: str) -> list[Rule]:
         """Return how each tensor is translated."""
-        raise NotImplementedError
 
     def ignored(self, name: str, options: Any) -> bool:
         """True for a tensor of theirs that holds nothing of its own: a tied copy, a computed table."""
