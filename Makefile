@@ -30,8 +30,13 @@ demo: setup
 test: setup
 	$(PY) -m pytest --numprocesses=2 --dist=loadfile
 
+# Everything, part by part, each a folder of tests/ with a row of its own in docs/test_all.md; or one: make test-all PART=engines
+PART := $(sort $(patsubst tests/%/,%,$(dir $(wildcard tests/*/test_*.py)))) .
+
 test-all: setup
-	$(PY) -m pytest -m "slow or not slow" --record=docs/test_all.md
+	@failed=; for part in $(PART); do \
+	  $(PY) -m pytest --record-part="$$part" || failed="$$failed $$part"; \
+	done; test -z "$$failed" || { echo "Parts with failures:$$failed"; exit 1; }
 
 matrix: setup
 	DISTLLM_MATRIX_DIR=runs/matrix $(PY) -m pytest -m "slow or not slow" tests/engines/test_matrix.py

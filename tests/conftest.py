@@ -1,7 +1,8 @@
-"""Shared test settings: one thread a process, no network, no telemetry."""
+"""Shared test settings: one thread a process, no network, no telemetry; time limits; the record of `make test-all`."""
 
 import os
 
+import pytest
 from recording import Recording
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -11,9 +12,21 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--record", metavar="FILE", help="write commit, date and result into FILE")
+    parser.addoption(
+        "--record-part", metavar="NAME", help="run one part, and write its row of docs/test_all.md"
+    )
 
 
 def pytest_configure(config):
-    if config.getoption("--record"):
-        config.pluginmanager.register(Recording(config.getoption("--record")))
+    if config.getoption("--record-part"):
+        config.pluginmanager.register(Recording(config, config.getoption("--record-part")))
+
+
+def pytest_collection_modifyitems(config, items):
+    """Give each test the time that DISTLLM_TEST_PATIENCE asks for."""
+    from distllm.testing.gloo import patient
+
+    for item in items if patient(1) != 1 else ():
+        mark = item.get_closest_marker("timeout")
+        limit_s = mark.args[0] if mark else float(config.getini("timeout") or 0)
+        item.add_marker(pytest.mark.timeout(patient(limit_s)), append=False)

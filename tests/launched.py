@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from distllm.testing.gloo import patient
 from distllm.testing.stages import SKILLS, TINY
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,13 +62,13 @@ class Job:
     def end(self, timeout_s=600):
         """Wait for its end; return the exit code."""
         try:
-            return self.process.wait(timeout_s)
+            return self.process.wait(patient(timeout_s))
         except subprocess.TimeoutExpired:
             raise AssertionError(f"it hangs:\n{self.text()[-4000:]}") from None
 
     def wait_for(self, condition, timeout_s=600):
         """Wait until `condition` holds while the job runs."""
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + patient(timeout_s)
         while not condition():
             assert self.process.poll() is None, self.text()[-4000:]
             assert time.monotonic() < deadline, self.text()[-4000:]

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from distllm.testing.gloo import patient
+
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 NEEDS = {"grpo_cpu": "trl", "sft_cpu": "trl", "ppo_cpu": "trl"}
 SCRIPTS = sorted(
@@ -28,7 +30,7 @@ def test_a_quick_run_ends_with_its_headline(name):
     command = [sys.executable, str(FOLDER / f"{name}.py"), "--quick"]
     environment = os.environ | {"PYTHONPATH": str(FOLDER.parent)}
     run = subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=600, check=False
+        command, capture_output=True, text=True, env=environment, timeout=patient(600), check=False
     )
     assert run.returncode == 0, run.stderr[-2000:]
     line = json.loads(run.stdout.splitlines()[-1])

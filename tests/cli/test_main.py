@@ -14,13 +14,14 @@ from distllm.cli.arguments import split
 from distllm.cli.environment import DEFAULTS, set_defaults
 from distllm.cli.main import VERBS, main
 from distllm.errors import ConfigError, EngineError
+from distllm.testing.gloo import patient
 
 HEAVY = ("torch", "hydra", "omegaconf", "transformers", "tokenizers", "datasets", "numpy", "rich")
 
 
 def run(*arguments, code=None, **kwargs):
     command = [sys.executable, *(["-c", code] if code else ["-m", "distllm"]), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
+    return subprocess.run(command, capture_output=True, text=True, timeout=patient(120), **kwargs)
 
 
 def test_help_is_fast():
@@ -149,7 +150,7 @@ def test_a_reader_that_leaves_early_is_no_error():
         [sys.executable, "-u", "-m", "distllm", "list"],
         stdout=write,
         stderr=subprocess.PIPE,
-        timeout=60,
+        timeout=patient(60),
     )
     os.close(write)
     assert process.returncode == 0 and process.stderr == b""

@@ -17,6 +17,7 @@ from distllm.cli import chat as chat_verb
 from distllm.cli.main import main
 from distllm.data.chat import encode_prompt, end_ids
 from distllm.data.tokenizer import train_tokenizer
+from distllm.testing.gloo import patient
 
 QUICK = ["train.precision=fp32", "hardware.threads=1"]
 CONTEXT = 96
@@ -240,7 +241,7 @@ def test_chat_in_a_terminal(folder, tokenizer):
         assert expected
         assert "".join(expected.split()) in "".join(shown.split())
         os.write(ours, b"\x04")
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=patient(30)) == 0
     finally:
         process.kill()
         process.wait()
@@ -250,6 +251,6 @@ def test_chat_in_a_terminal(folder, tokenizer):
 def _read_until(terminal, mark, limit_s=90):
     shown, start = "", time.monotonic()
     while mark not in shown:
-        assert time.monotonic() - start < limit_s, shown
+        assert time.monotonic() - start < patient(limit_s), shown
         shown += os.read(terminal, 4096).decode(errors="replace")
     return shown

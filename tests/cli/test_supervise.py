@@ -12,6 +12,7 @@ import pytest
 import stand_ins
 
 import distllm
+from distllm.testing.gloo import patient
 from distllm.train import supervision
 
 ROOT = Path(distllm.__file__).parents[1]
@@ -31,8 +32,8 @@ def start(run_dir, num_workers=2, max_restarts=0, stand_in=stand_ins.__file__, *
     )
 
 
-def wait_for(condition, timeout_s=30):
-    deadline = time.monotonic() + timeout_s
+def wait_for(condition, timeout_s=None):
+    deadline = time.monotonic() + (timeout_s or patient(30))
     while not condition():
         assert time.monotonic() < deadline, "what was waited for never came"
         time.sleep(0.01)
@@ -51,7 +52,7 @@ def is_gone(pid):
 
 def end(process):
     """Wait for the end; return exit code and stderr."""
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=patient(60))
     return process.returncode, err
 
 

@@ -15,6 +15,7 @@ import torch
 from distllm import load_model
 from distllm.cli.main import VERBS, main
 from distllm.config.files import CHOOSABLE, options_in
+from distllm.testing.gloo import patient
 
 TINY = ["arch.vocab_size=300", "arch.d_model=16", "arch.n_layers=2", "arch.d_ff=24", "train.seq_len=32",
         "train.global_batch_size=4", "train.micro_batch_size=4", "train.precision=fp32"]  # fmt: skip
@@ -127,7 +128,7 @@ def test_a_signal_stops_training_with_3_and_a_second_start_finishes(corpus, tmp_
     command = [sys.executable, "-m", "distllm", "train", "data=file", f"data.path={corpus}",
                f"run.dir={tmp_path / 'run'}", "train.log_every_steps=1", "train.max_steps=100000", *TINY]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    metrics, deadline = tmp_path / "run/metrics.jsonl", time.monotonic() + 90
+    metrics, deadline = tmp_path / "run/metrics.jsonl", time.monotonic() + patient(90)
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.2)
@@ -137,7 +138,7 @@ def test_a_signal_stops_training_with_3_and_a_second_start_finishes(corpus, tmp_
     done = int(newest.name.removeprefix("step_"))
     assert done >= 3 and not (tmp_path / "run/model").exists()
     again = [*command, f"train.max_steps={done + 2}"]
-    assert subprocess.run(again, capture_output=True, timeout=120).returncode == 0
+    assert subprocess.run(again, capture_output=True, timeout=patient(120)).returncode == 0
     assert json.loads(metrics.read_text().splitlines()[-1])["step"] == done + 2
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from distllm.testing.gloo import patient
+
 ROOT = Path(__file__).resolve().parents[2]
 pytest.importorskip(
     "setuptools", minversion="77", reason="needed to build a wheel without a network"
@@ -33,7 +35,7 @@ def wheel(tmp_path_factory) -> Path:
         str(out),
         str(copy),
     ]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=patient(200))
     assert result.returncode == 0, result.stdout + result.stderr
     (built,) = out.glob("*.whl")
     return built
@@ -45,7 +47,7 @@ def installed(wheel, tmp_path_factory) -> Path:
     site = tmp_path_factory.mktemp("site packages")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     command = [*pip, "install", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
-    subprocess.run(command, check=True, capture_output=True, timeout=200)
+    subprocess.run(command, check=True, capture_output=True, timeout=patient(200))
     return site
 
 
@@ -56,7 +58,7 @@ def run(installed: Path, folder: Path, *arguments: str) -> str:
         env=os.environ | {"PYTHONPATH": str(installed)},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=patient(200),
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout

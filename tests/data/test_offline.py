@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+from distllm.testing.gloo import patient
+
 CODE = """
 import os, socket, sys
 for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_UPDATE_DOWNLOAD_COUNTS"):
@@ -47,7 +49,10 @@ except SystemExit:
 
 def test_data_loading_opens_no_socket(tmp_path):
     result = subprocess.run(
-        [sys.executable, "-c", CODE, str(tmp_path)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", CODE, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=patient(120),
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.strip() == "done"

@@ -15,6 +15,7 @@ from distllm.data.options import DataOptions
 from distllm.data.source import open_source
 from distllm.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from distllm.errors import ConfigError, DataError
+from distllm.testing.gloo import patient
 from distllm.testing.stages import run_tiny
 
 WORDS = [
@@ -114,7 +115,7 @@ def test_killed_and_started_again_it_writes_the_same_bytes(corpus, capsys):
         [sys.executable, "-c", code, *arguments(corpus, "killed")],
         env=os.environ | {"DISTLLM_TEST_FAULT": "tokenize_before_manifest@3"},
         capture_output=True,
-        timeout=120,
+        timeout=patient(120),
     )
     assert killed.returncode == -9
     manifest = json.loads((corpus / "killed/shards.json").read_text())

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from distllm.data.token_files import Manifest, Shard, places_at
+from distllm.testing.gloo import patient
 
 MIB = 2**20
 
@@ -52,7 +53,10 @@ def write_corpus(folder, num_shards, shard_tokens):
 
 def growth(folder, code):
     done = subprocess.run(
-        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=250
+        [sys.executable, "-c", code, str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=patient(250),
     )
     assert done.returncode == 0, done.stderr
     return [int(n) for n in done.stdout.split()]

@@ -17,6 +17,7 @@ from distllm.errors import DataError, OtherRankError
 from distllm.generation.generate import generate
 from distllm.generation.options import GenerationOptions
 from distllm.optim.options import AdamWOptions
+from distllm.testing.gloo import patient
 from distllm.testing.tiny import PAD_ID, single_engine, tiny_decoder
 from distllm.types import sum_by_key
 
@@ -24,7 +25,9 @@ CPU = HardwareOptions(device="cpu", threads=1)
 
 
 def options_of(engine, **changes):
-    return registry.get("engine", engine).Options(name=engine, timeout_s=60, **changes)
+    return registry.get("engine", engine).Options(
+        name=engine, timeout_s=round(patient(60)), **changes
+    )
 
 
 @functools.cache

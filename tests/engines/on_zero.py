@@ -15,6 +15,7 @@ from distllm.engines.options import BatchSizes, HardwareOptions
 from distllm.generation.generate import generate
 from distllm.generation.options import GenerationOptions
 from distllm.optim.options import AdamWOptions
+from distllm.testing.gloo import patient
 from distllm.testing.tiny import PAD_ID, tiny_decoder
 from distllm.train.step import optimizer_step
 
@@ -24,7 +25,9 @@ STEPS = 3
 
 
 def options_of(engine, **changes):
-    return registry.get("engine", engine).Options(name=engine, timeout_s=60, **changes)
+    return registry.get("engine", engine).Options(
+        name=engine, timeout_s=round(patient(60)), **changes
+    )
 
 
 def build(options, model, trained=True, precision="fp32", role="model"):

@@ -135,7 +135,9 @@ class Job:
 
     def wait_for(self, condition, timeout_s=240):
         """Wait until `condition` holds, with the ranks running or not."""
-        deadline = time.monotonic() + timeout_s
+        from distllm.testing.gloo import patient
+
+        deadline = time.monotonic() + patient(timeout_s)
         while not condition():
             assert time.monotonic() < deadline, f"it never came\n{self.text()}"
             time.sleep(0.02)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from distllm.testing.gloo import free_port
+from distllm.testing.gloo import free_port, patient
 from distllm.testing.stages import TINY, run_tiny, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,7 +52,7 @@ def launch(command, settings, folder, **environment):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=800,
+        timeout=patient(800),
     )
 
 

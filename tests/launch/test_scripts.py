@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from distllm.testing.gloo import patient
+
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(p.name for p in LAUNCH.iterdir() if p.suffix in (".sh", ".sbatch"))
@@ -36,7 +38,7 @@ def run(tmp_path):
             cwd=checkout,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=patient(120),
         )
 
     return run

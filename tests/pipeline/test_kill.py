@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from distllm.testing.gloo import patient
 from distllm.testing.stages import TINY, timeless_metrics, weights_hash
 
 SMOKE = [
@@ -38,13 +39,13 @@ def start(verb, settings, folder, **environment):
 
 def finish(process, timeout_s=280):
     """Wait for a process that must succeed."""
-    output, _ = process.communicate(timeout=timeout_s)
+    output, _ = process.communicate(timeout=patient(timeout_s))
     assert process.returncode == 0, output[-3000:]
 
 
 def kill_when(process, condition, timeout_s=120):
     """Kill the whole group as soon as `condition` holds; fail if the process ends before."""
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + patient(timeout_s)
     while not condition():
         assert process.poll() is None, process.communicate()[0][-3000:]
         assert time.monotonic() < deadline, "the moment to kill never came"
@@ -94,7 +95,7 @@ def test_a_kill_inside_a_checkpoint_write_changes_nothing(tmp_path, parent, phas
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     finish(start("train", settings, whole))
     killed = start("train", settings, parts, DISTLLM_TEST_FAULT=f"checkpoint:{phase}")
-    killed.communicate(timeout=120)
+    killed.communicate(timeout=patient(120))
     assert killed.returncode == -signal.SIGKILL
     finish(start("train", settings, parts))
     assert weights_hash(whole) == weights_hash(parts)

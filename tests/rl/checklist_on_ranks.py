@@ -16,6 +16,7 @@ from distllm.rl import loop
 from distllm.rl.options import RLOptions
 from distllm.rl.rewards import pool
 from distllm.rl.rewards.pool import PooledReward
+from distllm.testing.gloo import patient
 from distllm.testing.rl import make_rollout
 from distllm.testing.rl_loop import make_source
 from distllm.testing.tiny import tiny_decoder
@@ -82,7 +83,9 @@ def forwards(options):
 def pairs(options):
     """Each response stands under the prompt it answers, with its own reward, on every rank."""
     prompts = [[3 * i + 1, 5, 9 + i] for i in range(5)]
-    context = SimpleNamespace(options=RLOptions(reward_workers=1, reward_timeout_s=60), log=None)
+    context = SimpleNamespace(
+        options=RLOptions(reward_workers=1, reward_timeout_s=patient(60)), log=None
+    )
     reward = PooledReward("reward_functions:echo", context)
     source = make_source(
         "grpo", {"policy": engine_of(tiny_decoder(), options)}, prompts, reward, end_id=36, max_new_tokens=6,
@@ -104,7 +107,7 @@ def pairs(options):
 
 def synced(options):
     """The sampler's copy has every weight, tied ones and buffers among them, after each update."""
-    sharded = registry.get("engine", "fsdp").Options(name="fsdp", timeout_s=60)
+    sharded = registry.get("engine", "fsdp").Options(name="fsdp", timeout_s=round(patient(60)))
     model = tiny_decoder(vocab_size=40, tie_embeddings=True)
     model.register_buffer("bias_of_the_run", torch.full((3,), 2.0))
     engine = engine_of(model, sharded)

@@ -15,6 +15,7 @@ from distllm.engines.processes import processes
 from distllm.optim.options import AdamWOptions
 from distllm.rl.options import RLOptions
 from distllm.rl.rewards.pool import PooledReward
+from distllm.testing.gloo import patient
 from distllm.testing.rl_loop import make_source
 from distllm.testing.tiny import single_engine, tiny_decoder
 from distllm.train.step import optimizer_step
@@ -38,7 +39,7 @@ def engine_of(model, options=None, role="model"):
 
 def everything():
     """Run all of it under one start of the processes."""
-    options = registry.get("engine", "ddp").Options(name="ddp", timeout_s=60)
+    options = registry.get("engine", "ddp").Options(name="ddp", timeout_s=round(patient(60)))
     with processes(options, torch.device("cpu")):
         return {
             **gradients_on_ranks(options),
@@ -125,7 +126,9 @@ def loop(name, options=None):
 
 def functions():
     """Each rank runs its share of a reward function's calls; all get all rewards, in order."""
-    context = SimpleNamespace(options=RLOptions(reward_workers=1, reward_timeout_s=60), log=None)
+    context = SimpleNamespace(
+        options=RLOptions(reward_workers=1, reward_timeout_s=patient(60)), log=None
+    )
     reward = PooledReward("reward_functions:length", context)
     from distllm.types import Prompt
 

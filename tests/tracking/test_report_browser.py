@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from fake_runs import write_pipeline
 
+from distllm.testing.gloo import patient
 from distllm.tracking.report import write_report
 
 CHROMIUM = next(
@@ -36,7 +37,7 @@ def browse(page, tmp_path, *flags):
         f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={net_log}",
         "--enable-logging=stderr", "--virtual-time-budget=2000", *flags, page.as_uri(),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patient(120))
     params = [event.get("params", {}) for event in json.loads(net_log.read_text())["events"]]
     # The browser's own errands, and the page itself, have no document as their initiator.
     asked = {p["url"] for p in params if p.get("initiator", "not an origin") != "not an origin"}
