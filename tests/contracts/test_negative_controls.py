@@ -7,8 +7,7 @@ import torch
 
 from distllm.arch.options import Activation, Placement, QKNorm, RopeStyle
 from distllm.testing import parity
-
-TOLERANCE = 1e-5
+from distllm.testing.pairs import TOLERANCE
 
 CONTROLS = [
     ("gpt2", {"activation": Activation.gelu}),
@@ -104,30 +103,26 @@ def test_a_wrong_switch_shows(pair, case):
     name, changes = case
     this = pair(name)
     assert all(getattr(this.ours.options, k) != v for k, v in changes.items())
-    ids, mask = parity.padded(this.vocab_size, "none")
-    got, expected = this.logits(ids, mask, altered(this.ours, **changes))
-    assert parity.relative_error(got, expected) > 2 * TOLERANCE
+    assert this.logits_error("none", altered(this.ours, **changes)) > 2 * TOLERANCE
 
 
 def test_the_comparison_itself_is_sound(pair):
     """The same copying, with nothing changed, passes."""
     this = pair("gemma3_text")
-    got, expected = this.logits(*parity.padded(this.vocab_size, "none"), altered(this.ours))
-    assert parity.relative_error(got, expected) <= TOLERANCE
+    assert this.logits_error("none", altered(this.ours)) <= TOLERANCE
 
 
 def test_without_gains_the_order_of_norm_and_rotation_is_the_same(pair):
     """The one wrong option that is right: turning changes no length, so a norm without gain may come first or last."""
     this = pair("nanochat")
     other = altered(this.ours, qk_norm_after_rope=False)
-    got, expected = this.logits(*parity.padded(this.vocab_size, "none"), other)
-    assert parity.relative_error(got, expected) <= TOLERANCE
+    assert this.logits_error("none", other) <= TOLERANCE
 
 
 @torch.no_grad()
 def test_a_forgotten_padding_mask_shows(pair):
     this = pair("bert")
-    ids, mask = parity.padded(this.vocab_size, "right")
-    _, expected = this.logits(ids, mask)
-    without = this.ours(ids).logits[mask.bool()]
+    given = this.inputs("right")
+    _, expected = this.logits(given)
+    without = this.ours(given["input_ids"]).logits[given["attention_mask"].bool()]
     assert parity.relative_error(without, expected) > 1e-2
