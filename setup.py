@@ -42,6 +42,7 @@ setup(
     extras_require={
         "deepspeed": ["deepspeed>=0.19"],
         "flash": ["flash-attn>=2.7"],
+        "liger": ["liger-kernel>=0.8"],
         "wandb": ["wandb>=0.20"],
         "tensorboard": ["tensorboard>=2.18"],
         "vllm": ["vllm>=0.15"],

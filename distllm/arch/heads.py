@@ -27,6 +27,7 @@ from distllm.layers.cross_entropy import (
     linear_logprobs,
 )
 from distllm.layers.init import InitRules
+from distllm.layers.liger_loss import CHUNKED
 from distllm.layers.precision import wide
 from distllm.layers.vocabulary import whole
 from distllm.types import IGNORE_INDEX, Batch, ModelOutput
@@ -44,6 +45,7 @@ class LMHead(nn.Module):
         # In a tuple, so that the shared weight has one name only: the embedding's.
         self._tied_to = (tied_to,)
         self.softcap, self.scale = options.logit_softcap, options.logit_scale
+        self.loss_kernel = CHUNKED
         self.transform = Transform(options) if options.head_transform else None
         if tied_to is None:
             self.weight = nn.Parameter(torch.empty(options.vocab_size, options.d_model))
@@ -86,7 +88,7 @@ class LMHead(nn.Module):
         return self.softcap * torch.tanh(logits / self.softcap)
 
     @property
-    def _is_plain(self) -> bool:
+    def is_plain(self) -> bool:
         """True where the logits are nothing but a matrix product, which the fused functions know."""
         return self.bias is None and self.softcap is None
 
@@ -106,16 +108,18 @@ class LMHead(nn.Module):
         """
         hidden, labels, _ = _labelled(hidden, labels)
         prepared = self._prepare(hidden)
-        if self._is_plain:
-            return linear_cross_entropy(prepared, self.projection, labels)
+        if self.is_plain:
+            return linear_cross_entropy(prepared, self.projection, labels, self.loss_kernel)
         return -chunked_logprobs(self._project, prepared, labels)[0].sum()
 
     def loss_z(self, hidden: Tensor, labels: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
         """Return (`loss` plus `z_loss` times the sum of the squared log normalisers, that sum alone)."""
         hidden, labels, _ = _labelled(hidden, labels)
         prepared = self._prepare(hidden)
-        if self._is_plain:
-            return linear_cross_entropy_z(prepared, self.projection, labels, z_loss)
+        if self.is_plain:
+            return linear_cross_entropy_z(
+                prepared, self.projection, labels, z_loss, self.loss_kernel
+            )
         squares = chunked_normalisers(self._project, prepared).square().sum()
         logprobs, _ = chunked_logprobs(self._project, prepared, labels)
         return z_loss * squares - logprobs.sum(), squares.detach()
@@ -135,7 +139,7 @@ class LMHead(nn.Module):
         """
         hidden, targets, rows = _labelled(hidden, labels)
         prepared = self._prepare(hidden)
-        if self._is_plain:
+        if self.is_plain:
             found = linear_logprobs(prepared, self.projection, targets, temperature)
         else:
             found = chunked_logprobs(self._project, prepared, targets, temperature)

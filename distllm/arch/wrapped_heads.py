@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from distllm.arch.heads import LikelihoodHead, LMHead
 from distllm.arch.hf import wrapped
+from distllm.layers.liger_loss import CHUNKED
 
 
 class _WrappedMatrix:
@@ -16,6 +17,7 @@ class _WrappedMatrix:
 
     def _take(self: Any, model: Any) -> None:
         nn.Module.__init__(self)
+        self.loss_kernel = CHUNKED
         self._matrix = (
             model.get_output_embeddings(),
         )  # in a tuple: its parameters are the model's
@@ -24,7 +26,7 @@ class _WrappedMatrix:
         self._shift = (wrapped.shift_of(model),)
 
     @property
-    def _is_plain(self: Any) -> bool:
+    def is_plain(self: Any) -> bool:
         bias = getattr(self._matrix[0], "bias", None)
         return bias is None and self.softcap is None and self._shift[0] is None
 

@@ -36,10 +36,11 @@ from distllm.config.schema import Config, leaves, options_of, supervised_stages
 from distllm.engines.attention import choose_attention
 from distllm.engines.hardware import PRECISIONS, resolve_device, resolve_precision
 from distllm.engines.memory import CHECKPOINTING
-from distllm.engines.mesh import dp_size
+from distllm.engines.mesh import dp_size, shape_of
 from distllm.engines.options import BatchSizes
 from distllm.errors import UserError
 from distllm.layers.attention_kernels import AUTO, KERNELS
+from distllm.layers.liger_loss import check_loss_kernel
 from distllm.objectives.options import PRETRAINING
 
 
@@ -242,7 +243,7 @@ def model_problems(config: Config) -> list[str]:
     """Check the model to start from against the settings and the layout of processes."""
     options = model_options(config)
     problems = parallel_problems(config, options, int(os.environ.get("WORLD_SIZE", 1)))
-    problems += attention_problems(config, options)
+    problems += kernel_problems(config, options)
     if config.train.seq_len > options.max_seq_len:
         problems.append(
             f"train.seq_len={config.train.seq_len} is longer than max_seq_len={options.max_seq_len} of "
@@ -251,13 +252,24 @@ def model_problems(config: Config) -> list[str]:
     return problems + ability_problems(config)
 
 
-def attention_problems(config: Config, options: Any) -> list[str]:
-    """Check that the attention kernel that is asked for can serve the model on this machine."""
+def kernel_problems(config: Config, options: Any) -> list[str]:
+    """Check that the kernels that are asked for can serve the model on this machine."""
+    has_more = [getattr(options, name, None) for name in ("head_bias", "logit_softcap")]
+    problems = []
     try:
         choose_attention(options, config.hardware, config.train.precision, trains=True)
     except UserError as error:
-        return [str(error)]
-    return []
+        problems.append(str(error))
+    try:
+        check_loss_kernel(
+            config.hardware.loss,
+            resolve_device(config.hardware.device),
+            is_plain=not any(has_more),
+            is_split=shape_of(config.engine, int(os.environ.get("WORLD_SIZE", 1))).tp > 1,
+        )
+    except UserError as error:
+        problems.append(str(error))
+    return problems
 
 
 def machine_problems(config: Config) -> list[str]:

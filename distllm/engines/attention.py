@@ -1,4 +1,7 @@
-"""Which attention kernel a model gets when an engine takes it. What there is to choose: `layers/attention_kernels.py`."""
+"""Which kernels a model gets when an engine takes it: of attention, and of the vocabulary loss.
+
+What there is to choose: `layers/attention_kernels.py`, `layers/liger_loss.py`.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from distllm.engines.hardware import resolve_device, resolve_precision
 from distllm.engines.options import HardwareOptions
 from distllm.errors import ConfigError
 from distllm.layers.attention_kernels import AUTO, Choice, choose
+from distllm.layers.liger_loss import check_loss_kernel
 
 
 def choose_attention(
@@ -45,3 +49,16 @@ def set_attention(
         if choice is not None and hasattr(module, "attention_kernel"):
             module.attention_kernel = choice.name  # type: ignore[assignment]
     return choice
+
+
+def set_loss_kernel(model: torch.nn.Module, hardware: HardwareOptions, is_split: bool) -> None:
+    """Tell the head of a language model which kernel to take; `is_split`: tensor parallel cuts its matrix.
+
+    Raises:
+        ConfigError: `hardware.loss` is unknown or cannot serve the model here.
+    """
+    head = getattr(model, "head", None)
+    if hasattr(head, "loss_kernel"):
+        device = resolve_device(hardware.device)
+        check_loss_kernel(hardware.loss, device, is_plain=head.is_plain, is_split=is_split)
+        head.loss_kernel = hardware.loss

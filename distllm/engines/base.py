@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from distllm import registry
 from distllm.engines import collectives, processes
-from distllm.engines.attention import set_attention
+from distllm.engines.attention import set_attention, set_loss_kernel
+from distllm.engines.mesh import shape_of
 from distllm.engines.options import BatchSizes, EngineOptions, HardwareOptions
 from distllm.layers.attention_kernels import Choice
 from distllm.types import Batch, LossOutput, Objective, Ranks
@@ -167,6 +168,7 @@ def build_engine(
     """Put `model` under the engine that `options.name` names; without `optim` it is frozen."""
     engine, options = resolve(options)
     choice = set_attention(model, hardware, precision, optim is not None)
+    set_loss_kernel(model, hardware, shape_of(options, processes.world_size()).tp > 1)
     built = engine(
         role,
         model,

@@ -46,3 +46,6 @@ class HardwareOptions:
     """Attention kernel: `auto` takes the first that serves the model on this device and says why; `flash2`, `flash3`,
     `flash4`, `sdpa_flash`, `sdpa_cudnn`, `sdpa_math`, `sdpa`, `flex`, `blocked` (CPU) or `eager` force one, and one that
     cannot serve is an error. Generating token by token, which reads a cache, has a path of its own."""
+    loss: str = free("chunked")
+    """Kernel of the vocabulary loss: `chunked` is ours and runs everywhere; `liger` is Liger's in Triton, on a GPU where
+    the package liger-kernel is installed."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from distllm.layers.liger_loss import CHUNKED, LIGER, liger_cross_entropy_z
 from distllm.layers.precision import compute_dtype, wide
 from distllm.layers.vocabulary import split_of
 from distllm.types import IGNORE_INDEX
@@ -25,22 +26,25 @@ _SAFE_PROBABILITY = 1e-30
 """Below it -log(p) of a float32 probability loses digits or is infinite."""
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, kernel: str = CHUNKED
+) -> Tensor:
     """Sum the cross-entropy of `labels` under softmax(hidden @ weight.T).
 
     Args:
         hidden: [tokens, d_model].
         weight: [vocab, d_model].
         labels: [tokens] int64; IGNORE_INDEX adds nothing.
+        kernel: `chunked` or `liger`.
 
     Returns:
         Scalar in float32 or wider; 0 with a graph attached when nothing is labelled.
     """
-    return linear_cross_entropy_z(hidden, weight, labels, 0.0)[0]
+    return linear_cross_entropy_z(hidden, weight, labels, 0.0, kernel)[0]
 
 
 def linear_cross_entropy_z(
-    hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float
+    hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float, kernel: str = CHUNKED
 ) -> tuple[Tensor, Tensor]:
     """Sum the cross-entropy, and `z_loss` times the square of the logarithm of the softmax's normaliser.
 
@@ -49,6 +53,7 @@ def linear_cross_entropy_z(
         weight: [vocab, d_model].
         labels: [tokens] int64; IGNORE_INDEX adds nothing to either sum.
         z_loss: weight of the second sum.
+        kernel: `chunked` or `liger`.
 
     Returns:
         (both sums together, the sum of squares alone and without gradient), scalars.
@@ -58,9 +63,10 @@ def linear_cross_entropy_z(
     split = split_of(weight)
     if split is not None:
         return split.loss(hidden, weight, labels, z_loss)
-    return _as_written(
-        _LinearCrossEntropy.apply, hidden, weight, labels, compute_dtype(weight), z_loss
-    )
+    function = _LinearCrossEntropy.apply
+    if kernel == LIGER and len(labels):
+        function = liger_cross_entropy_z
+    return _as_written(function, hidden, weight, labels, compute_dtype(weight), z_loss)
 
 
 def linear_logprobs(
