@@ -46,6 +46,7 @@ setup(
         "wandb": ["wandb>=0.20"],
         "tensorboard": ["tensorboard>=2.18"],
         "vllm": ["vllm>=0.15"],
+        "peft": ["peft>=0.17"],
         "math": ["math-verify>=0.9"],
         "dev": [
             "pytest>=8",
@@ -59,6 +60,7 @@ setup(
             "tensorboard>=2.18",
             "math-verify>=0.9",
             "deepspeed>=0.19",
+            "peft>=0.17",
         ],
     },
     entry_points={"console_scripts": ["distllm = distllm.cli.main:main"]},

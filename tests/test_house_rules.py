@@ -60,12 +60,13 @@ DOORS = {
     "datasets": ("distllm/data/",),
     "matplotlib": ("distllm/tracking/report_plots.py", "distllm/tracking/reliability.py"),
     "math_verify": ("distllm/rl/rewards/rules.py",),
+    "peft": ("distllm/arch/adapter.py",),
 }
 """Package -> where it may be imported."""
 
 INSIDE_FUNCTIONS = {"deepspeed", "accelerate", "wandb", "tensorboard", "torch.utils.tensorboard", "flash_attn",
                     "transformers", "tokenizers", "datasets", "pyarrow", "rich", "jinja2", "matplotlib",
-                    "math_verify"}  # fmt: skip
+                    "math_verify", "peft"}  # fmt: skip
 """Never at the top of a file, so that everything imports on a laptop and `--help` is fast."""
 
 LIBRARIES = {
@@ -87,6 +88,7 @@ LIBRARIES = {
     "wandb": "wandb",
     "tensorboard": "tensorboard",
     "math_verify": "math-verify",
+    "peft": "peft",
     "accelerate": "accelerate",
     "deepspeed": "deepspeed",
 }

@@ -8,7 +8,7 @@ HELP = """
 usage: distllm list [GROUP | matrix]
 
 Shows the options of every group, or of one: arch, stage, engine, data, optim, schedule, tracking, hardware,
-pipeline, experiment. Choose with GROUP=OPTION, for example: distllm train stage=sft data=skills
+adapter, pipeline, experiment. Choose with GROUP=OPTION, for example: distllm train stage=sft data=skills
 `distllm list matrix` shows which architecture has learned a toy of which stage, and how well.
 """
 OWN: dict[str, str] = {}

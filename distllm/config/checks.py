@@ -15,6 +15,7 @@ from typing import Any
 from distllm import registry
 from distllm.arch.io import read_options
 from distllm.config.abilities import ability_problems, records_of
+from distllm.config.adapter_checks import adapter_machine_problems, adapter_problems, adapter_rules
 from distllm.config.files import GROUPS
 from distllm.config.overrides import raise_all
 from distllm.config.parallel import parallel_problems
@@ -128,7 +129,7 @@ _RULES: dict[Rule, str] = {
 @functools.cache
 def rules() -> dict[str, Rule]:
     """Return dotted key -> what its value must fulfil. A key that this run's options do not have is skipped."""
-    return by_key(_RULES) | rl_rules() | preference_rules()
+    return by_key(_RULES) | rl_rules() | preference_rules() | adapter_rules()
 
 
 def field_problems(config: Config) -> list[str]:
@@ -154,6 +155,7 @@ def cross_problems(config: Config, dp_size: int = 1) -> list[str]:
         *_schedule_problems(config),
         *rl_problems(config),
         *preference_problems(config),
+        *adapter_problems(config),
     ]
 
 
@@ -310,7 +312,7 @@ def machine_problems(config: Config) -> list[str]:
             problems.append(
                 f"{key}={path} is not a directory. Give the directory of a model, such as RUN/model."
             )
-    return problems
+    return problems + adapter_machine_problems(config)
 
 
 def _advise(key: str, defaults: dict[str, Any], rule: str) -> str:

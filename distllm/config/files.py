@@ -14,6 +14,7 @@ GROUPS = (
     "schedule",
     "tracking",
     "hardware",
+    "adapter",
     "pipeline",
 )
 """Parts of the config with options to choose from: one folder of `conf/` each."""

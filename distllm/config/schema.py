@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from distllm import registry
+from distllm.arch.adapter import AdapterOptions
 from distllm.engines.cluster import ClusterOptions
 from distllm.engines.options import HardwareOptions
 from distllm.generation.options import GenerationOptions
@@ -32,6 +33,8 @@ class Config:
     """How the model is laid out on the hardware."""
     data: Any = None
     """Where samples come from."""
+    adapter: AdapterOptions = field(default_factory=AdapterOptions)
+    """What is trained: every weight, or low-rank adapters beside frozen ones."""
     optim: Any = None
     """The optimizer."""
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
@@ -61,6 +64,8 @@ def options_of(group: str) -> dict[str, Any]:
         found = stages()
     elif group == "hardware":
         found = {"auto": HardwareOptions, "cluster": ClusterOptions}
+    elif group == "adapter":
+        found = {"none": AdapterOptions, "lora": AdapterOptions}
     elif group == "pipeline":
         found = {"none": PipelineOptions}
     else:

@@ -98,8 +98,10 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def state(self) -> Iterable[tuple[str, Tensor]]:
+    def state(self, frozen: bool = False) -> Iterable[tuple[str, Tensor]]:
         """Yield everything that resumes, in full shape: `weight/NAME`, `exp_avg/NAME`, ..., `buffer/NAME`.
+
+        Weights that training leaves alone, beside an adapter, come from where the run started; `frozen` adds them.
 
         All ranks iterate to the end, in step, since each tensor may have to be gathered. Names and order are the same
         for every engine and world size. A tensor may be a live one: copy what is kept beyond the next update.
@@ -112,7 +114,7 @@ class Engine(ABC):
     def export(self) -> dict[str, Tensor]:
         """Return the weights and buffers in full shape, on the CPU of rank 0; elsewhere nothing. All ranks take part."""
         tensors = {}
-        for key, value in self.state():
+        for key, value in self.state(frozen=True):
             kind, name = key.split("/", 1)
             if kind in ("weight", "buffer") and self.ranks.is_main:
                 tensors[name] = value.detach().cpu()

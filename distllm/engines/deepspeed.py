@@ -206,9 +206,9 @@ class DeepSpeed(NativeEngine):
                     self._plain, {n: p.data.to("meta") for n, p in parameters.items()}, self.model
                 )
 
-    def state(self) -> Iterator[tuple[str, Tensor]]:
+    def state(self, frozen: bool = False) -> Iterator[tuple[str, Tensor]]:
         if not self._is_zero and not self._is_cut:
-            yield from super().state()
+            yield from super().state(frozen)
             return
         moments = next(filter(None, self._moments().values()), {})
         self._link_moments()

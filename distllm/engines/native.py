@@ -69,7 +69,8 @@ class NativeEngine(Engine):
         self.device = resolve_device(hardware.device, self.ranks.local_rank)
         self.dtype = resolve_precision(precision, self.device)
         self.optim, self.batch = optim, batch
-        model.requires_grad_(optim is not None)
+        if optim is None:  # else the model says what is trained: beside an adapter most is not
+            model.requires_grad_(False)
         self.model = self._place(model)
         self.caller: nn.Module = self._wrap(Caller(self.model, self._autocast))
         self.optimizer: Any = None if optim is None else self._make_optimizer()
@@ -145,8 +146,8 @@ class NativeEngine(Engine):
         with torch.no_grad(), self._autocast():
             yield self.model
 
-    def state(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self.model.named_parameters():
+    def state(self, frozen: bool = False) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self._kept(frozen):
             yield f"weight/{name}", self._full(parameter.detach())
             if self.optimizer is not None:
                 for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -160,7 +161,7 @@ class NativeEngine(Engine):
         for key in tensors:
             kind, name = key.split("/", 1)
             kinds.setdefault(name, []).append(kind)
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._kept():
             self._fill(parameter, tensors[f"weight/{name}"])
             moments = {k: tensors[f"{k}/{name}"] for k in kinds[name] if k != "weight"}
             if self.optimizer is not None and moments:
@@ -170,6 +171,12 @@ class NativeEngine(Engine):
                 }
         for name, buffer in persistent_buffers(self.model).items():
             buffer.copy_(tensors[f"buffer/{name}"])
+
+    def _kept(self, frozen: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters that a checkpoint holds: those that are trained; of a frozen model all."""
+        for name, parameter in self.model.named_parameters():
+            if frozen or self.optimizer is None or parameter.requires_grad:
+                yield name, parameter
 
     def _full(self, tensor: Tensor) -> Tensor:
         """Return a tensor in full shape."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 InitRules = Mapping[str, tuple[str, float]]
-"""Parameter-name pattern -> ("normal", std) or ("constant", value); the first pattern that matches applies."""
+"""Parameter-name pattern -> ("normal", std), ("uniform", bound) or ("constant", value); the first that matches applies."""
 
 
 def initial_value(rules: InitRules, name: str, shape: torch.Size, seed: int) -> Tensor:
@@ -27,6 +27,8 @@ def initial_value(rules: InitRules, name: str, shape: torch.Size, seed: int) -> 
             return torch.full(shape, number)
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        if kind == "uniform":
+            return torch.empty(shape).uniform_(-number, number, generator=generator)
         return torch.empty(shape).normal_(0.0, number, generator=generator)
     raise ValueError(f"parameter {name} matches no initialisation rule: {', '.join(rules)}")
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from distllm import registry
+from distllm.arch.adapter import attach
 from distllm.arch.io import load_model, open_model, read_options
 from distllm.config.checks import batch_sizes
 from distllm.config.schema import Config
@@ -145,6 +146,12 @@ class Builder:
         return model
 
     @property
+    def peak_lr(self) -> float:
+        """Peak learning rate of the model that the stage is about."""
+        adapter = self.config.adapter
+        return (adapter.name != "none" and adapter.lr) or self.config.optim.lr
+
+    @property
     def _builds_on_meta(self) -> bool:
         return resolve(self.config.engine)[0].builds_on_meta
 
@@ -159,8 +166,10 @@ class Builder:
             )
 
     def engine(self, role: str, model: Any, *, trained: bool, lr: float = 0.0) -> Engine:
-        """Put `model` under the configured engine."""
-        optim = replace(self.config.optim, lr=lr or self.config.optim.lr) if trained else None
+        """Put `model`, if it is trained with the adapter that is asked for, under the configured engine."""
+        optim = replace(self.config.optim, lr=lr or self.peak_lr) if trained else None
+        if trained and self.config.adapter.name != "none":
+            attach(model, self.config.adapter, self.config.run.seed)
         return build_engine(
             role,
             model,

@@ -21,7 +21,7 @@ def supervised_parts(
         engine,
         with_experts(objective, engine.model.options),  # type: ignore[union-attr]
         builder.schedule(),
-        config.optim.lr,
+        builder.peak_lr,
         config.train,
         config.run.seed,
     )

@@ -22,6 +22,7 @@ from distllm.objectives.kto import KTO, baseline_of
 from distllm.objectives.preference import PairLoss, Sides, accuracy, response_logprobs
 from distllm.pipeline.build import Builder, Parts
 from distllm.pipeline.measure import NUM_SAMPLES_SHOWN, Measure
+from distllm.pipeline.reference import build_reference
 from distllm.tracking.progress import progress
 from distllm.train.evaluate import preference_metrics
 from distllm.train.intervals import area_under_roc, wilson
@@ -48,14 +49,14 @@ def build(builder: Builder) -> Parts:
     heldout = _DATASETS[cls.records](read("heldout")[: config.train.num_eval_samples], *args)
     engines = {"model": builder.engine("model", model, trained=True)}
     if cls.needs_reference:
-        reference = attach_reference(builder, objective, train, heldout)
+        reference = attach_reference(builder, engines["model"], objective, train, heldout)
         engines |= {"reference": reference} if reference else {}
     source = SampleSource(
         train,
         engines["model"],
         objective,
         builder.schedule(),
-        config.optim.lr,
+        builder.peak_lr,
         config.train,
         config.run.seed,
         reference=engines.get("reference"),
@@ -73,7 +74,7 @@ def build(builder: Builder) -> Parts:
 
 
 def attach_reference(
-    builder: Builder, objective: Any, train: Encoded, heldout: Encoded
+    builder: Builder, policy: Engine, objective: Any, train: Encoded, heldout: Encoded
 ) -> Engine | None:
     """Give the samples what the reference says of them; return its engine if it is still needed. All ranks take part.
 
@@ -89,7 +90,7 @@ def attach_reference(
     kept = load_file(path) if from_main(path.exists) else {}
     engine = None
     if live or kept.keys() != sides.keys():
-        engine = builder.engine("reference", builder.model("lm", dropout=False), trained=False)
+        engine = build_reference(builder, policy, lambda: builder.model("lm", dropout=False))
     if kept.keys() != sides.keys():
         assert engine is not None
         kept = {

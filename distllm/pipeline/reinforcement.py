@@ -19,6 +19,7 @@ from distllm.pipeline.measure import (
     prompt_dataset,
     sample_records,
 )
+from distllm.pipeline.reference import build_reference
 from distllm.pipeline.verdicts import known_labels
 from distllm.rl.conversation import Conversation, check_can_converse
 from distllm.rl.labels import label_join
@@ -61,13 +62,13 @@ def build(builder: Builder) -> Parts:
     )
     engines: dict[str, Engine] = {"policy": policy}
     if algorithm.needs_reference:
-        engines["reference"] = builder.engine(
-            "reference", builder.model(head, dropout=False, **changes), trained=False
+        engines["reference"] = build_reference(
+            builder, policy, lambda: builder.model(head, dropout=False, **changes)
         )
-    lr = {"policy": config.optim.lr}
+    lr = {"policy": builder.peak_lr}
     trained = ["policy"]
     if algorithm.trains_value:
-        lr["value"] = stage.value_lr or config.optim.lr
+        lr["value"] = stage.value_lr or builder.peak_lr
         value = builder.model("value", dropout=False)
         engines["value"] = builder.engine("value", value, trained=True, lr=lr["value"])
         trained.append("value")

@@ -155,6 +155,10 @@ def job_config(config: Config, job: Job) -> Config:
         composed,
         run=replace(composed.run, seed=config.run.seed),
         arch=composed.arch if _chooses(job.stage, "arch") else config.arch,
+        # An adapter stands beside weights that were learned before.
+        adapter=composed.adapter
+        if _chooses(job.stage, "adapter") or not job.parent
+        else config.adapter,
         engine=config.engine,
         hardware=config.hardware,
         tracking=config.tracking,

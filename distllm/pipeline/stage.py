@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distllm.arch.adapter import merged
 from distllm.arch.io import save_model
 from distllm.config.checks import check_training
 from distllm.config.flops import model_flops
@@ -194,7 +195,7 @@ def _train(
         **parts.facts,
     }
     with phase("export"):
-        weights = main.export()
+        weights = merged(model, main.export())
         collectives.on_main(lambda: _export(config, folder, builder, parts, model, weights, result))
     return StageResult(True, folder, metrics)
 
