@@ -50,7 +50,7 @@ def attach(model: Any, options: AdapterOptions, seed: int) -> None:
     What `A` starts with depends on `seed` and its name alone. A model without memory keeps its `initial_weights`.
 
     Raises:
-        ConfigError: a target is not the name of a linear layer in the blocks.
+        ConfigError: a target is not the name of a linear layer in the blocks, or they have none.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -66,6 +66,9 @@ def attach(model: Any, options: AdapterOptions, seed: int) -> None:
         model,
         adapter_name=_NAME,
     )
+    for layer in adapted(model).values():
+        # Autocast chooses the dtype; peft's own cast to fp32 would leave each layer a copy of its input for the backward.
+        layer.cast_input_dtype_enabled = False
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(_is_trained(name, model.head_name))
         if is_adapter(name) and not parameter.is_meta:
@@ -83,19 +86,28 @@ def target_layers(model: Any, options: AdapterOptions) -> dict[str, nn.Linear]:
     """Return full name -> linear layer of those that get an adapter. Needs no peft.
 
     Raises:
-        ConfigError: a target is not the name of a linear layer in the blocks.
+        ConfigError: a target is not the name of a linear layer in the blocks, or they have none.
     """
     inside = {id(m) for block in model.blocks() for m in block.modules() if type(m) is nn.Linear}
     found = {name: m for name, m in model.named_modules() if id(m) in inside}
     known = sorted({name.rpartition(".")[2] for name in found})
     wanted = options.targets or known
     unknown = [t for t in wanted if t not in known]
-    if unknown or not found:
+    if not found:
         raise ConfigError(
-            f"adapter.targets={list(options.targets)}: {', '.join(unknown) or 'nothing'} names no linear layer in the "
-            f"blocks of this model. It has: {', '.join(known) or 'none; set adapter=none'}."
+            f"adapter={options.name} stands beside linear layers, and the blocks of this model have none. Set adapter=none."
+        )
+    if unknown:
+        raise ConfigError(
+            f"adapter.targets={list(options.targets)}: {', '.join(unknown)} names no linear layer in the "
+            f"blocks of this model. It has: {', '.join(known)}."
         )
     return {name: m for name, m in found.items() if name.rpartition(".")[2] in wanted}
+
+
+def matrix_shapes(layer: nn.Linear, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the shapes of A and B beside `layer`."""
+    return (rank, layer.in_features), (layer.out_features, rank)
 
 
 def is_adapter(name: str) -> bool:

@@ -9,6 +9,7 @@ arithmetic makes take `e` bytes (4 in fp32, 2 in bf16); the residual stream and 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from distllm.config.shapes import ModelShape
@@ -89,6 +90,7 @@ def block_held(shape: ModelShape, work: MicroBatch) -> Held:
     parts = 4 if shape.gated else 2
     parts = parts // 2 if work.compiled else parts - shape.activation_keeps_result
     inner = parts * e * work.tokens * shape.d_ff // work.tp
+    inner += e * work.tokens * shape.adapter_width
     dropped = (e if work.on_cpu else 1) * own * shape.d_model if shape.has_dropout else 0
     # Norms behind attention and feed-forward keep what those return.
     behind = (e * own * shape.d_model + _FP32 * own) if shape.norms_outputs else 0
@@ -193,7 +195,7 @@ def moments(shape: ModelShape, work: MicroBatch) -> list[Moment]:
     cached = shape.n_layers * block.copies if recomputes else 0
     hidden = e * tokens * d
 
-    head = _FP32 * shape.head_multiplied // work.tp
+    head = 0 if shape.is_frozen else _FP32 * shape.head_multiplied // work.tp
     waiting = head if shape.tied else 0
     loss_forward, loss_backward = loss_bytes(shape, work)
     inner = e * tokens * shape.d_ff // work.tp
@@ -203,9 +205,13 @@ def moments(shape: ModelShape, work: MicroBatch) -> list[Moment]:
     norm_temporaries = 3 * _FP32 * tokens * d + (hidden if e < _FP32 else 0)
 
     # Weights that have their gradient.
-    head_done = 0 if shape.tied else shape.head_multiplied
+    head_done = 0 if shape.tied or shape.is_frozen else shape.head_multiplied
     down = shape.d_model * shape.d_ff
+    trained = sum(map(math.prod, shape.trained_block))
     half = down * (3 if shape.gated else 2) + shape.q_width * shape.d_model
+
+    embedded = _FP32 * shape.embedding_multiplied // work.tp + 2 * waiting
+    embedded = 0 if shape.is_frozen else embedded
 
     layers = shape.n_layers
     all_blocks = blocks + shared
@@ -217,7 +223,7 @@ def moments(shape: ModelShape, work: MicroBatch) -> list[Moment]:
         Moment(name="final norm, backward", activations=all_blocks + final + norm_temporaries,
                logits=waiting, blocks=layers, rest=head_done),
         Moment(name="embedding, backward", activations=shared,
-               logits=_FP32 * shape.embedding_multiplied // work.tp + 2 * waiting or stream,
+               logits=embedded or stream,
                blocks=0, rest=head_done),
     ]  # fmt: skip
     # From block to block held memory falls and gradients grow, evenly: only the ends can be the worst. The blocks next to
@@ -230,11 +236,11 @@ def moments(shape: ModelShape, work: MicroBatch) -> list[Moment]:
         found += [
             Moment(name=f"{name} feed-forward, backward",
                    activations=held + stream + 2 * inner - work.copies * down // work.tp,
-                   logits=waiting, blocks=number, part=down, rest=head_done),
+                   logits=waiting, blocks=number, part=min(down, trained), rest=head_done),
             Moment(name=f"{name} attention, backward",
                    activations=held - block.feed_forward + stream
                    + _attention_backward(shape, work),
-                   logits=waiting, blocks=number, part=half, rest=head_done),
+                   logits=waiting, blocks=number, part=min(half, trained), rest=head_done),
         ]  # fmt: skip
     return found
 
@@ -264,10 +270,11 @@ def loss_bytes(shape: ModelShape, work: MicroBatch) -> tuple[int, int]:
     """
     e, tokens, vocab = work.element, work.tokens, shape.vocab_size // work.tp
     matrix, hidden = vocab * shape.d_model, e * tokens * shape.d_model
+    trained = 0 if shape.is_frozen else matrix
     rows = min(tokens, max(1, CHUNK_BYTES // (vocab * e)))
     part = min(rows, max(1, SLICE_BYTES // (vocab * _FP32)))
     chunk = rows * vocab * e
-    fixed = hidden + _FP32 * matrix + work.head_copies * matrix
+    fixed = hidden + _FP32 * trained + work.head_copies * matrix
     following = min(rows, tokens - rows) * vocab * e
     if work.tp > 1:
         # Scores, their distance to the highest and its exponential; or scores, the gradient and its product.
@@ -276,6 +283,6 @@ def loss_bytes(shape: ModelShape, work: MicroBatch) -> tuple[int, int]:
     else:
         # Beside a chunk: its widened slices, or the next chunk, or its share of the matrix's gradient.
         slices = (2 if e < _FP32 else 1) * _FP32 * part * vocab
-        forward = fixed + chunk + max(slices, following, e * matrix)
-    backward = 2 * hidden + 2 * _FP32 * matrix
+        forward = fixed + chunk + max(slices, following, e * trained)
+    backward = 2 * hidden + 2 * _FP32 * trained
     return forward, backward

@@ -79,6 +79,10 @@ def transfers(
     layers = stage_layers(shape, layout)
     block = sum(_numel(s) for s in shape.block) / layout.tp
     rest = sum(_numel(s) for s in shape.rest) / layout.tp
+    trained_block, trained_rest = (
+        sum(_numel(s) for s in sizes) / layout.tp
+        for sizes in (shape.trained_block, shape.trained_rest)
+    )
     shard, stride = layout.dp_shard, layout.tp
     if stage == 3:
         e = work.element
@@ -97,17 +101,17 @@ def transfers(
     if stage >= 2:
         calls = 1 if layout.reduces_once else accum
         found.append(
-            Transfer("scatter gradients", "reduce_scatter", reduce_bytes * block, layers * calls,
+            Transfer("scatter gradients", "reduce_scatter", reduce_bytes * trained_block, layers * calls,
                      shard, stride, "backward", True)
         )  # fmt: skip
         found.append(
-            Transfer("scatter the embedding's gradient", "reduce_scatter", reduce_bytes * rest, calls,
+            Transfer("scatter the embedding's gradient", "reduce_scatter", reduce_bytes * trained_rest, calls,
                      shard, stride, "backward", False)
         )  # fmt: skip
     elif stage == 1:
         found.append(
             Transfer("scatter gradients", "reduce_scatter",
-                     reduce_bytes * (layers * block + rest), 1, shard, stride, "backward", True)
+                     reduce_bytes * (layers * trained_block + trained_rest), 1, shard, stride, "backward", True)
         )  # fmt: skip
     if stage in (1, 2):
         found.append(
@@ -118,7 +122,7 @@ def transfers(
         share = shard if stage >= 1 else 1
         found.append(
             Transfer("sum gradients over replicas", "all_reduce",
-                     reduce_bytes * (layers * block + rest) / share, 1,
+                     reduce_bytes * (layers * trained_block + trained_rest) / share, 1,
                      layout.dp_replicate, shard * stride, "backward", True)
         )  # fmt: skip
     return found

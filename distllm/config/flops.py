@@ -12,17 +12,20 @@ Padding is no work, and the output matrix works where there is a label.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
+from distllm.arch.adapter import WHOLE_HEADS, AdapterOptions, matrix_shapes, target_layers
 from distllm.layers.positions import RelativeBias
 from distllm.train.micro_batches import num_tokens
 from distllm.types import IGNORE_INDEX, Batch
 
 _TRAINING = 3 * 2
 """Forward and twice that backward; 2 operations each."""
+_THROUGH = 2 * 2
+"""The same for a frozen weight, which has no gradient of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +74,14 @@ class ModelFlops:
     head: int
     """Weights of the head, which each labelled position is multiplied with."""
     attention: tuple[Attended, ...]
+    adapters: dict[str, int] = field(default_factory=dict)
+    """Side -> weights of the adapters that each of its tokens is multiplied with; if there are any, the others are frozen."""
+    trains_head: bool = True
 
     @property
     def multiplied(self) -> int:
         """All weights that tokens are multiplied with."""
-        return sum(self.weights.values()) + self.head
+        return sum(self.weights.values()) + sum(self.adapters.values()) + self.head
 
     def __call__(self, batch: Batch, *, causal_half: bool) -> float:
         """Count the operations of one training pass over `batch`."""
@@ -91,14 +97,18 @@ class ModelFlops:
 
     def count(self, sides: dict[str, Side], labelled: float, *, causal_half: bool) -> float:
         """Count the operations of a training pass over so many tokens."""
-        products = sum(n * sides[side].tokens for side, n in self.weights.items())
-        products += self.head * labelled
+        weights, adapters = (
+            sum(n * sides[side].tokens for side, n in counts.items())
+            for counts in (self.weights, self.adapters)
+        )
+        products = (_THROUGH if self.adapters else _TRAINING) * weights + _TRAINING * adapters
+        products += (_TRAINING if self.trains_head else _THROUGH) * self.head * labelled
         # Scores and mixed values: two products.
         seen = sum(
             2 * a.width * sides[a.side].tokens * a.keys(sides[a.keys_of].row, causal_half)
             for a in self.attention
         )
-        return _TRAINING * (products + seen)
+        return products + _TRAINING * seen
 
 
 def _sides(batch: Batch) -> dict[str, Side]:
@@ -111,8 +121,8 @@ def _sides(batch: Batch) -> dict[str, Side]:
     return sides
 
 
-def model_flops(model: Any) -> ModelFlops:
-    """Read what a batch costs off a model, which may be on the meta device."""
+def model_flops(model: Any, adapter: AdapterOptions | None = None) -> ModelFlops:
+    """Read what a batch costs off a model, which may be on the meta device, and perhaps is trained through an adapter."""
     looked_up = {
         id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | RelativeBias)
     }
@@ -125,14 +135,27 @@ def model_flops(model: Any) -> ModelFlops:
         if name.startswith("head."):
             head += parameter.numel()
             continue
-        side = "decoder" if name.startswith("decoder.") else "input"
-        if "cross_attention.k_proj" in name or "cross_attention.v_proj" in name:
-            side = "input"  # applied to what the encoder made of its tokens
+        side = _side_of(name)
         numel = parameter.numel()
         if parameter.ndim > 2:  # [experts, ...]: a token meets the chosen ones
             numel = model.options.experts_per_token * math.prod(parameter.shape[1:])
         weights[side] = weights.get(side, 0) + numel
-    return ModelFlops(weights, head, _attention(model))
+    if adapter is None:
+        return ModelFlops(weights, head, _attention(model))
+    adapters: dict[str, int] = {}
+    for name, layer in target_layers(model, adapter).items():
+        side = _side_of(name)
+        numel = sum(map(math.prod, matrix_shapes(layer, adapter.rank)))
+        adapters[side] = adapters.get(side, 0) + numel
+    return ModelFlops(
+        weights, head, _attention(model), adapters, trains_head=model.head_name in WHOLE_HEADS
+    )
+
+
+def _side_of(name: str) -> str:
+    if "cross_attention.k_proj" in name or "cross_attention.v_proj" in name:
+        return "input"  # applied to what the encoder made of its tokens
+    return "decoder" if name.startswith("decoder.") else "input"
 
 
 def _attention(model: Any) -> tuple[Attended, ...]:

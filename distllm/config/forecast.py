@@ -115,8 +115,12 @@ def target_of(config: Config) -> Target:
 def models_of(config: Config) -> Models:
     """Read the shapes of the stage's models."""
     options, roles = model_options(config), roles_of(config)
-    shapes = {role.name: shape_of_model(options, role.head) for role in roles}
-    flops = model_flops(build_meta(options, roles[0].head))
+    adapter = None if config.adapter.name == "none" else config.adapter
+    shapes = {
+        role.name: shape_of_model(options, role.head, adapter if role.is_trained else None)
+        for role in roles
+    }
+    flops = model_flops(build_meta(options, roles[0].head), adapter)
     return Models(roles=roles, shapes=shapes, flops=flops)
 
 

@@ -104,8 +104,12 @@ def in_flight(layout: Layout, accum: int) -> int:
 
 def _local(shape: ModelShape, layout: Layout, what: str) -> int:
     shards = layout.shards(what)
-    blocks = stage_layers(shape, layout) * local_numel(shape.block, layout, shards)
-    return blocks + local_numel(shape.rest, layout, shards)
+    block, rest = shape.trained_block, shape.trained_rest
+    if what == "weights":
+        block, rest = shape.block, shape.rest
+    return stage_layers(shape, layout) * local_numel(block, layout, shards) + local_numel(
+        rest, layout, shards
+    )
 
 
 class Buffers:
@@ -117,6 +121,8 @@ class Buffers:
         whole = replace(layout, dp_shard=1)
         self.block = local_numel(shape.block, whole, 1)
         self.rest = local_numel(shape.rest, whole, 1)
+        self.trained_block = local_numel(shape.trained_block, whole, 1)
+        self.trained_rest = local_numel(shape.trained_rest, whole, 1)
         self.shards = layout.dp_shard if layout.zero_stage == 3 else 1
 
     @property
@@ -151,11 +157,11 @@ class Buffers:
         # micro-batch's forward.
         leaving = 0
         if moment.in_backward and moment.blocks < self.layers:
-            leaving = _FP32 * self.block
+            leaving = _FP32 * self.trained_block
         elif self.accum > 1:
-            leaving = _FP32 * self.rest
+            leaving = _FP32 * self.trained_rest
         if self.accum > 1 and layout.reduces_once:  # earlier micro-batches left whole gradients
-            leaving += _FP32 * blocks * self.block
+            leaving += _FP32 * blocks * self.trained_block
         whole = 0
         if moment.in_backward:  # gradients of the block at work and of the root are not cut up yet
             whole = (e * moment.part + _FP32 * moment.rest) // layout.tp
@@ -169,7 +175,7 @@ class Buffers:
         if not moment.in_backward:
             done = 0
         else:
-            finished = (self.layers - moment.blocks) * self.block
+            finished = (self.layers - moment.blocks) * self.trained_block
             done = _FP32 * finished // self.shards
             if whole:
                 done += _FP32 * (moment.part + moment.rest) // tp

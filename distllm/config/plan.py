@@ -5,11 +5,13 @@ in `forecast.py` and the files it names.
 """
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distllm.arch.adapter import WHOLE_HEADS, matrix_shapes, target_layers
 from distllm.config.advice import cheapest_fit, layout_problems
 from distllm.config.checks import model_options
 from distllm.config.footprint import build_meta, parameters_by_part
@@ -28,7 +30,7 @@ class Plan:
     layout: dict[str, Any]
     batch: dict[str, Any]
     parameters: dict[str, int]
-    """Of the trained model, per part, with `total` and `multiplied` (what enters the FLOPs)."""
+    """Of the trained model, per part, with `total`, `trained` and `multiplied` (what enters the FLOPs)."""
     flops: dict[str, float]
     """Per training token, and per step."""
     memory: dict[str, int]
@@ -56,7 +58,7 @@ def make_plan(config: Config, dp_size: int | None = None) -> Plan:
     models = models_of(config)
     predicted = forecast(config, models)
     main = build_meta(options, models.roles[0].head)
-    parameters = parameters_by_part(main)
+    parameters, trained = _parameters(config, main)
     seq_len = predicted.work.seq
     batch = _batch(config, dp_size or predicted.layout.dp, seq_len)
     full, half = (models.flops.per_token(seq_len, causal_half=half) for half in (False, True))
@@ -64,7 +66,11 @@ def make_plan(config: Config, dp_size: int | None = None) -> Plan:
         layout=_layout(config, predicted),
         batch=batch,
         parameters=parameters
-        | {"total": sum(parameters.values()), "multiplied": models.flops.multiplied},
+        | {
+            "total": sum(parameters.values()),
+            "trained": trained,
+            "multiplied": models.flops.multiplied,
+        },
         flops={
             "per token, full attention": full,
             "per token, causal half": half,
@@ -75,6 +81,19 @@ def make_plan(config: Config, dp_size: int | None = None) -> Plan:
         time=_time(config, models, predicted),
         fit=_fit(config, models, predicted),
     )
+
+
+def _parameters(config: Config, model: Any) -> tuple[dict[str, int], int]:
+    """Count the parameters per part, those of an adapter among them, and the ones that are trained."""
+    parameters = parameters_by_part(model)
+    if config.adapter.name == "none":
+        return parameters, sum(parameters.values())
+    layers = target_layers(model, config.adapter).values()
+    parameters["adapter"] = sum(
+        math.prod(shape) for m in layers for shape in matrix_shapes(m, config.adapter.rank)
+    )
+    head = parameters.get("head", 0) if model.head_name in WHOLE_HEADS else 0
+    return parameters, parameters["adapter"] + head
 
 
 def planned_dp_size(config: Config) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from distllm.arch.adapter import WHOLE_HEADS, AdapterOptions, matrix_shapes, target_layers
 from distllm.config.footprint import build_meta
 
 Size = tuple[int, ...]
@@ -41,6 +42,17 @@ class ModelShape:
     """All other parameters: embeddings, final norm, head."""
     head_multiplied: int
     """Weights of the output matrix; 0 for a scalar head."""
+    trained_block: tuple[Size, ...]
+    """Those of `block` that are trained: with adapters, theirs alone."""
+    trained_rest: tuple[Size, ...]
+    """Those of `rest` that are trained: with adapters, a new head."""
+    adapter_width: int = 0
+    """Numbers between the two matrices of each adapter of a block, per token."""
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the weights stay as they are beside adapters."""
+        return self.adapter_width > 0
 
     @property
     def q_width(self) -> int:
@@ -84,8 +96,14 @@ def has_formula(options: Any) -> bool:
     )
 
 
-def shape_of_model(options: Any, head: str = "lm") -> ModelShape:
-    """Read the shape of the architecture that `options` describe; the largest block stands for all."""
+def shape_of_model(
+    options: Any, head: str = "lm", adapter: AdapterOptions | None = None
+) -> ModelShape:
+    """Read the shape of the architecture that `options` describe; the largest block stands for all.
+
+    Raises:
+        ConfigError: the adapter's targets are not in the model.
+    """
     model: Any = build_meta(options, head)
     blocks = list(model.blocks())
     inside = {id(p) for block in blocks for p in block.parameters()}
@@ -93,6 +111,14 @@ def shape_of_model(options: Any, head: str = "lm") -> ModelShape:
     projection = getattr(model.head, "projection", None)
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     heads = getattr(options, "n_heads", 1)
+    own: tuple[Size, ...] = tuple(tuple(p.shape) for p in block.parameters())
+    rest = {n: tuple(p.shape) for n, p in model.named_parameters() if id(p) not in inside}
+    beside: tuple[Size, ...] = ()
+    if adapter is not None:
+        layers = {id(m) for m in target_layers(model, adapter).values()}
+        adapted = [m for m in block.modules() if id(m) in layers]
+        beside = tuple(s for m in adapted for s in matrix_shapes(m, adapter.rank))
+    is_whole = not beside or head in WHOLE_HEADS
     return ModelShape(
         vocab_size=options.vocab_size,
         d_model=options.d_model,
@@ -107,7 +133,12 @@ def shape_of_model(options: Any, head: str = "lm") -> ModelShape:
         norms_outputs=getattr(options, "norm_placement", "") == "sandwich",
         norms_heads=getattr(options, "qk_norm", "") == "head",
         tied=projection is not None and id(projection) in looked_up,
-        block=tuple(tuple(p.shape) for p in block.parameters()),
-        rest=tuple(tuple(p.shape) for p in model.parameters() if id(p) not in inside),
+        block=own + beside,
+        rest=tuple(rest.values()),
+        trained_block=beside or own,
+        trained_rest=tuple(
+            s for n, s in rest.items() if is_whole and (not beside or n.startswith("head."))
+        ),
+        adapter_width=adapter.rank * len(beside) // 2 if adapter is not None else 0,
         head_multiplied=0 if projection is None else projection.numel(),
     )

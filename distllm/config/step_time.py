@@ -106,14 +106,15 @@ def step_time(
     head_flops = 2 * work.tokens * shape.head_multiplied / layout.tp / layout.pp
     # The visible half of the pairs; fused kernels multiply once more in the backward to recompute the scores.
     pair_flops = 2 * work.tokens * work.seq * shape.q_width / layout.tp
+    gradients = 1 if shape.is_frozen else 2  # of what went in, and of weights that are trained
     attends_again = 1.0 if work.checkpointing == "full" else 0.0
     forward = {
         "matmul": layers * block_flops / products + head_flops / (peak * eff.matmul),
         "attention": layers * pair_flops / (peak * eff.attention),
     }
     backward = {
-        "matmul": layers * (2 + recompute) * block_flops / products
-        + 2 * head_flops / (peak * eff.matmul),
+        "matmul": layers * (gradients + recompute) * block_flops / products
+        + gradients * head_flops / (peak * eff.matmul),
         "attention": layers * (2.5 + attends_again) * pair_flops / (peak * eff.attention),
     }
     moved = layers * _held(shape, work) * eff.traffic / (1e9 * cluster.memory_gb_per_s)
@@ -127,8 +128,8 @@ def step_time(
     sent = _overlapped(transfers(shape, work, layout, accum), arithmetic, cluster, eff.links)
 
     totals = {key: accum * (forward[key] + backward[key]) for key in forward}
-    states = layers * local_numel(shape.block, layout, layout.shards("optimizer"))
-    states += local_numel(shape.rest, layout, layout.shards("optimizer"))
+    states = layers * local_numel(shape.trained_block, layout, layout.shards("optimizer"))
+    states += local_numel(shape.trained_rest, layout, layout.shards("optimizer"))
     optimizer = _OPTIMIZER_TRAFFIC * states / (1e9 * cluster.memory_gb_per_s)
     waits = (layout.pp - 1) / layout.pp_chunks / accum
     bubble = waits * (sum(totals.values()) + sum(s.exposed_s for s in sent))

@@ -222,7 +222,8 @@ def _meter_flops(
     """Tell the meters what a token costs and what all processes together could compute."""
     for role, engine in engines.items():
         model: Any = engine.model
-        meters.costs[role] = model_flops(build_meta(model.options, model.head_name))
+        adapter = None if config.adapter.name == "none" else config.adapter
+        meters.costs[role] = model_flops(build_meta(model.options, model.head_name), adapter)
     first = next(iter(engines.values()))
     known = notes.get("peak_flops_per_s", {})
     source, rate = peak_flops_per_s(config.hardware, first.device, first.dtype, known)

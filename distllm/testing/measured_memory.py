@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from distllm import registry
+from distllm.arch.adapter import AdapterOptions, attach
 from distllm.arch.decoder import Decoder, DecoderOptions
 from distllm.engines.base import build_engine
 from distllm.engines.mesh import MeshOptions
@@ -37,6 +38,8 @@ class Case:
     world_size: int = 1
     settings: dict[str, Any] = field(default_factory=dict)
     """Further fields of the engine's options."""
+    adapter_rank: int = 0
+    """0 trains every weight."""
     mesh: dict[str, int] = field(default_factory=dict)
     """Fields of MeshOptions."""
 
@@ -53,9 +56,12 @@ class Case:
 def track(case: Case) -> StorageTracker:
     """Train two steps of `case` in this process, which is a member of the group already, and count."""
     options = DecoderOptions(**case.shape)
+    model = Decoder(options)
+    if case.adapter_rank:
+        attach(model, AdapterOptions(name="lora", rank=case.adapter_rank), seed=0)
     engine = build_engine(
         "model",
-        Decoder(options),
+        model,
         options=case.options(),
         hardware=HardwareOptions(device="cpu", threads=1),
         precision=case.precision,

@@ -1,10 +1,11 @@
 """The memory formulas against real storages, counted while real training steps run."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from patched import with_bug
 
+from distllm.arch.adapter import AdapterOptions
 from distllm.arch.decoder import DecoderOptions
 from distllm.config import activations
 from distllm.config.activations import MicroBatch
@@ -117,7 +118,8 @@ def predicted(case, module=activations) -> RankMemory:
         casts_blocks=case.engine != "fsdp",
         tp=layout.tp,
     )
-    model = shape_of_model(options)
+    adapter = AdapterOptions(name="lora", rank=case.adapter_rank) if case.adapter_rank else None
+    model = shape_of_model(options, adapter=adapter)
     return rank_memory(model, work, layout, case.accum, moments=module.moments(model, work))
 
 
@@ -135,6 +137,29 @@ def compare(memory: RankMemory, peaks: dict[str, int], tolerance: float) -> None
 def test_every_class_of_bytes_is_predicted(name):
     """The formulas claim 5 %; they hold to 1 %, and a looser bound would hide a forgotten tensor."""
     compare(predicted(CASES[name]), track(CASES[name]).peaks, tolerance=0.01)
+
+
+ADAPTERS = {
+    "fp32": Case(shape=DEFAULT, adapter_rank=8),
+    "bf16": Case(shape=DEFAULT, precision="bf16", adapter_rank=8),
+    "bf16, recomputed": Case(
+        shape=NARROW_HEAD, precision="bf16", checkpointing="full", adapter_rank=4
+    ),
+    "large vocabulary, untied": Case(shape=WIDE_HEAD, batch=3, accum=2, adapter_rank=4),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [n if n == "bf16" else pytest.param(n, marks=pytest.mark.slow) for n in ADAPTERS]
+)
+def test_beside_an_adapter_frozen_weights_have_neither_gradients_nor_moments(name):
+    """Held to 4 %: in the first block, whose input needs no gradient, a little less is kept than in the others."""
+    pytest.importorskip("peft")
+    case = ADAPTERS[name]
+    peaks = track(case).peaks
+    compare(predicted(case), peaks, tolerance=0.04)
+    with pytest.raises(AssertionError):
+        compare(predicted(replace(case, adapter_rank=0)), peaks, tolerance=0.04)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from distllm import registry
+from distllm.arch.adapter import attach
 from distllm.arch.decoder import Decoder, DecoderOptions
 from distllm.config.compose import compose
 from distllm.config.footprint import (
@@ -19,6 +20,7 @@ from distllm.config.footprint import (
 from distllm.config.plan import available_bytes, count_epochs, make_plan
 from distllm.config.roles import roles_of
 from distllm.data.tokenizer import train_tokenizer
+from distllm.errors import ConfigError
 from distllm.types import IGNORE_INDEX
 
 SHAPES = [
@@ -50,6 +52,57 @@ def test_the_preset_has_the_size_it_claims():
     plan = make_plan(compose(["arch=llama_tiny"]))
     assert plan.parameters["total"] == 4_000_000
     assert sum(p.numel() for p in Decoder(compose([]).arch).parameters()) == 4_000_000
+
+
+@pytest.mark.parametrize(
+    ("overrides", "head"),
+    [
+        (["stage=sft", "arch=llama_tiny"], "lm"),
+        (["stage=reward", "stage.head=last", "arch=t5_tiny", "adapter.rank=3"], "last"),
+        (["stage=sft", "arch=glm_tiny", "adapter.targets=[q_proj,down_proj]"], "lm"),
+    ],
+)
+def test_the_plan_counts_what_an_adapter_trains(overrides, head):
+    pytest.importorskip("peft")
+    config = compose(["adapter=lora", "run.dir=x", *overrides])
+    model = build_meta(config.arch, head)
+    attach(model, config.adapter, seed=0)
+    plan = make_plan(config)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert plan.parameters["trained"] == trained
+    assert 0 < trained < 0.2 * plan.parameters["total"]
+    assert plan.parameters["total"] == sum(p.numel() for p in model.parameters())
+    if hasattr(config.arch, "n_decoder_layers"):
+        return  # its memory is that of as many of the largest block
+    assert plan.memory["gradients"] == 4 * trained
+    assert plan.memory["optimizer"] == 8 * trained
+    assert plan.memory["weights, model"] == 4 * plan.parameters["total"]
+
+
+def test_a_model_without_linear_layers_takes_no_adapter():
+    with pytest.raises(
+        ConfigError, match="stands beside linear layers, and the blocks of this model have none"
+    ):
+        make_plan(compose(["adapter=lora", "arch=lstm_tiny", "stage=sft", "run.dir=x"]))
+
+
+def test_with_an_adapter_no_second_copy_is_planned_for_the_reference():
+    stages = {"dpo": ["stage=dpo"], "grpo": ["stage=grpo", "data=skills", "stage.kl_coef=0.1"]}
+    for overrides in stages.values():
+        both, one = (roles_of(compose([*overrides, *own])) for own in ([], ["adapter=lora"]))
+        assert [r.name for r in both if r not in one] == ["reference"]
+
+
+def test_a_frozen_weight_costs_two_thirds_of_a_trained_one():
+    """Forward and the gradient of the input: 4 operations for each weight and token; an adapter's own weights cost 6."""
+    whole, frozen = (
+        make_plan(compose(["arch=llama_tiny", "train.seq_len=64", *own, "run.dir=x"]))
+        for own in ([], ["adapter=lora"])
+    )
+    key, base = "per token, full attention", whole.parameters["multiplied"]
+    adapter = frozen.parameters["multiplied"] - base
+    assert adapter == frozen.parameters["trained"]
+    assert frozen.flops[key] - whole.flops[key] == pytest.approx(6 * adapter - 2 * base)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
