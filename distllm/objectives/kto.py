@@ -39,7 +39,8 @@ class KTOOptions:
     """Weight of bad answers."""
     reference: str = "auto"
     """Log-probabilities under the reference, the model that training starts from: `precompute` once for all data,
-    `live` at each step (holds a second model), or `auto`: whichever has fewer answers to score."""
+    `live` at each step (holds a second model; with an adapter, the trained one serves), or `auto`: whichever has fewer
+    answers to score."""
 
 
 @register("objective")

@@ -156,7 +156,16 @@ def groups(sampler, size, **fields):
 
 
 def expected_gradient(
-    algorithm, engines, sampler, size=2, *, role="policy", whole=False, move=None, **fields
+    algorithm,
+    engines,
+    sampler,
+    size=2,
+    *,
+    role="policy",
+    whole=False,
+    move=None,
+    shape=None,
+    **fields,
 ):
     """E[gradient of the loss] over every group that `sampler` may draw, [rows, vocab].
 
@@ -167,14 +176,15 @@ def expected_gradient(
         size: responses in a batch, all to one prompt.
         role: whose gradient.
         whole: prepare each group as a batch of its own (algorithms that whiten over the batch).
+        shape: called with each batch before `prepare`, to make rewards of scores.
         move: called once between `prepare` and the losses (the policy moves away from the one that sampled).
     """
     drawn = list(groups(sampler, size, **fields))
-    if whole:
-        for _, rollouts in drawn:
-            algorithm.prepare(rollouts, engines)
-    else:
-        algorithm.prepare([r for _, rollouts in drawn for r in rollouts], engines)
+    together = [[r for _, rollouts in drawn for r in rollouts]]
+    for rollouts in [rollouts for _, rollouts in drawn] if whole else together:
+        if shape is not None:
+            shape(rollouts)
+        algorithm.prepare(rollouts, engines)
     if move is not None:
         move()
     engine, objective = engines[role], algorithm.objectives()[role]
