@@ -30,19 +30,22 @@ class Arguments:
             raise ConfigError(f"`distllm {verb}` needs {key}=... (see `distllm {verb} --help`).")
         return self.own[key]
 
-    def integer(self, key: str, default: int) -> int:
+    def integer(self, key: str, default: int, least: int = 1) -> int:
         """Return the verb's own `key` as an integer.
 
         Raises:
-            ConfigError: it is not one.
+            ConfigError: it is not one, or below `least`.
         """
         text = self.own.get(key, str(default))
         try:
-            return int(text)
+            value = int(text)
         except ValueError:
             raise ConfigError(
                 f"{key}={text} is not an integer. Example: {key}={default}."
             ) from None
+        if value < least:
+            raise ConfigError(f"{key}={text} must be at least {least}. Example: {key}={default}.")
+        return value
 
 
 def split(

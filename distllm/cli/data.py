@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from distllm.cli.arguments import split
@@ -15,8 +16,8 @@ HELP = """
 usage: distllm data inspect path=FILE [count=N] [data.columns={OURS:THEIRS,...}] [key=value ...]
        distllm data tokenize path=FILES tokenizer=DIR out=DIR [workers=N] [shard_tokens=N] [key=value ...]
        distllm data verify path=DIR
-       distllm data stats data=DATA [tokenizer=DIR] [key=value ...]
-       distllm data show data=DATA [count=N] [split=train|heldout] [tokenizer=DIR] [key=value ...]
+       distllm data stats data=DATA|path=FILE [tokenizer=DIR] [key=value ...]
+       distllm data show data=DATA|path=FILE [count=N] [split=train|heldout] [tokenizer=DIR] [key=value ...]
 
 `inspect` says what a file (folder, pattern, hub:ORG/NAME) is taken for, and which records cannot be used.
 `tokenize` writes shards of token ids for data=shards, in parallel; started again with the same out it goes on where it
@@ -27,7 +28,7 @@ from (assistant's answers) are green on a terminal and between [[ ]] elsewhere.
 Examples:
   distllm data stats data=stdlib
   distllm data show data=skills count=3
-  distllm data stats data=file data.path=corpus.jsonl
+  distllm data stats path=corpus.jsonl
   distllm data inspect path=pairs.jsonl.gz
   distllm data tokenize "path=corpus/*.jsonl.gz" tokenizer=runs/tokenizer out=shards/corpus data.on_bad_line=skip
   distllm data inspect path=gsm8k.jsonl "data.columns={prompt:question,completion:answer}"
@@ -35,13 +36,21 @@ Examples:
 OWN = {
     "count": "records of each kind to show; default 2",
     "split": "train or heldout; default train",
-    "path": "inspect, tokenize, verify: what to look at",
+    "path": "what to look at; in stats and show short for data=file data.path=FILE",
     "out": "tokenize: directory to write",
     "workers": "tokenize: processes; default all cores",
     "shard_tokens": "tokenize: tokens of a shard; default 134217728",
 }
 
-_VIEWS = ("inspect", "tokenize", "verify", "stats", "show")
+_VIEWS = {
+    "inspect": ("path", "count"),
+    "tokenize": ("path", "out", "workers", "shard_tokens"),
+    "verify": ("path",),
+    "stats": ("path",),
+    "show": ("path", "count", "split"),
+}
+"""View -> the keys of `OWN` that it reads."""
+
 _GREEN, _RED, _PLAIN = "\033[32m", "\033[31m", "\033[0m"
 
 
@@ -51,6 +60,11 @@ def run(arguments: Sequence[str]) -> int:
     view = given.names[0] if given.names else "stats"
     if view not in _VIEWS:
         raise ConfigError(unknown_name("view", view, _VIEWS))
+    for key in given.own:
+        if key not in _VIEWS[view]:
+            raise ConfigError(
+                f"`distllm data {view}` does not read {key}= (see `distllm data --help`)."
+            )
     if view == "inspect":
         from distllm.cli import data_inspect
 
@@ -59,20 +73,26 @@ def run(arguments: Sequence[str]) -> int:
         from distllm.cli import data_tokenize
 
         return data_tokenize.run(given) if view == "tokenize" else data_tokenize.verify(given)
-    count, side = given.integer("count", 2), given.own.get("split", "train")
+    count, side = given.integer("count", 2, least=0), given.own.get("split", "train")
+    overrides = given.overrides
+    if given.own.get("path") and not any(o.startswith("data=") for o in overrides):
+        overrides = ["data=file", *overrides]
 
     from distllm.config.compose import compose
     from distllm.data.source import SPLITS, check_split, open_source
     from distllm.data.templates import set_chat_template
 
     check_split(side)
-    config = compose(given.overrides, also_known=OWN)
-    source = open_source(config.data, config.run.seed)
+    config = compose(overrides, also_known=OWN)
+    options = config.data
+    if given.own.get("path"):
+        options = replace(options, path=given.own["path"])
+    source = open_source(options, config.run.seed)
     kinds = source.serves
     tokenizer = _tokenizer(config, source, kinds)
     if config.data.chat_template:
         set_chat_template(tokenizer, config.data.chat_template)
-    print(f"data={config.data.name}, fingerprint {source.fingerprint()[:16]}")
+    print(f"data={options.name}, fingerprint {source.fingerprint()[:16]}")
     if view == "stats":
         _print_stats({f"{s} {k}": _texts(source, k, s) for k in kinds for s in SPLITS}, tokenizer)
         return 0

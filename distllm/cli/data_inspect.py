@@ -1,8 +1,7 @@
 """`distllm data inspect path=FILE`: what a file is taken for, and what in it cannot be used."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 from distllm.cli.arguments import Arguments
@@ -15,6 +14,7 @@ MAX_SHOWN = 5
 def run(given: Arguments) -> int:
     """Print the decision, the columns, a few records and what is wrong with the bad ones."""
     from distllm.config.compose import compose
+    from distllm.data.file import check_one_kind
     from distllm.data.intake import intakes
 
     config = compose(["data=file", *given.overrides], also_known=("path", "count"))
@@ -23,27 +23,41 @@ def run(given: Arguments) -> int:
         options = replace(options, path=given.own["path"])
     if not options.path and not options.mix:
         raise ConfigError("`distllm data inspect` needs path=FILE (see `distllm data --help`).")
-    usable = True
-    for intake, weight in intakes(options):
-        usable = _inspect(intake, weight, given.integer("count", 1)) and usable
-    return 0 if usable else 2
+    firsts = [
+        _inspect(intake, weight, given.integer("count", 1, least=0))
+        for intake, weight in intakes(options)
+    ]
+    check_one_kind(record for record in firsts if record)
+    return 0 if all(firsts) else 2
 
 
-def _inspect(intake: Any, weight: float, count: int) -> bool:
-    from distllm.data.file import SERVED_BY
+def _inspect(intake: Any, weight: float, count: int) -> Any:
+    """Print what one path holds; return its first record, or None if there is none."""
+    from distllm.data.file import SERVED_BY, served_by
     from distllm.data.source import KINDS
+    from distllm.types import Prompt
 
     files = intake.files()
-    stream = iter(intake)
-    shown = list(islice(stream, count))
-    for _ in stream:
+    shown, first = [], None
+
+    def all_records() -> Iterator[Any]:
+        nonlocal first
+        for record in intake:
+            first = first or record
+            if len(shown) < count:
+                shown.append(record)
+            yield record
+
+    records = all_records()
+    serves = served_by(records)
+    for _ in records:  # whatever is left, for the counts
         pass
     size = f" in {len(files)} files" if len(files) > 1 else ""
     print(f"{intake.path}{size}" + (f", weight {weight:g}" if weight else ""))
     _line("records", f"{intake.num_records:,} usable, {len(intake.bad):,} unusable")
     for where, decision in _distinct(intake.decisions.items()):
         form, columns = decision.form, decision.columns
-        kinds = SERVED_BY[form.record]
+        kinds = serves if form.record is Prompt else SERVED_BY[form.record]
         _line("decision", f"{form.title}, because of the columns {', '.join(form.columns)}")
         if len(intake.decisions) > 1:
             _line("", f"as in {where} {decision.place}")
@@ -63,7 +77,7 @@ def _inspect(intake: Any, weight: float, count: int) -> bool:
         _line("", f"and {len(reasons) - MAX_SHOWN:,} other reasons")
     if intake.num_records and intake.bad:
         _line("", "data.on_bad_line=skip leaves them out of training")
-    return intake.num_records > 0
+    return first
 
 
 def _distinct(decisions: Any) -> list[tuple[Any, Any]]:

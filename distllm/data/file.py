@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterable
 from typing import NoReturn, TypeVar
 
 from distllm.data.intake import Intake, intakes
@@ -54,6 +55,18 @@ SERVED_BY: dict[type, tuple[str, ...]] = {
 """What can be made of each record; what it is comes first."""
 
 
+def served_by(records: Iterable[Record]) -> tuple[str, ...]:
+    """Say what can be made of records of one kind; prompts without an answer are no dialogues."""
+    kinds: tuple[str, ...] = ()
+    for record in records:
+        kinds = kinds or SERVED_BY[type(record)]
+        if not isinstance(record, Prompt):
+            break
+        if record.answer is None:
+            return kinds[:1]
+    return kinds
+
+
 @register("data")
 class FileSource(Source):
     """Records of `data.path` or `data.mix`; the columns decide what they are (see `rows.py`).
@@ -71,11 +84,7 @@ class FileSource(Source):
     @property
     def serves(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Say what can be made of the records, which are read for it."""
-        records = self._load()["train"] or self._load()["heldout"]
-        served = SERVED_BY[type(records[0])]
-        if any(isinstance(r, Prompt) and r.answer is None for r in records):
-            return served[:1]
-        return served
+        return served_by(self._load()["train"] or self._load()["heldout"])
 
     @property
     def checkable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -154,7 +163,7 @@ class FileSource(Source):
     def _load(self) -> dict[str, Records]:
         if self._splits is None:
             parts = [(self._read(intake), weight) for intake, weight in self._intakes]
-            self._check_one_kind(parts)
+            check_one_kind(part[0] for part, _ in parts)
             if self.options.heldout_path:
                 held = self._read(
                     Intake(
@@ -207,12 +216,6 @@ class FileSource(Source):
         _log.info("%s.", intake.describe())
         return records
 
-    def _check_one_kind(self, parts: list[tuple[list[Record], float]]) -> None:
-        kinds = {type(part[0]): part[0] for part, _ in parts}
-        if len(kinds) > 1:
-            seen = "; ".join(f"{SERVED_BY[k][0]} ({r.place})" for k, r in kinds.items())
-            raise DataError(f"data.mix mixes records of different kinds: {seen}.")
-
     def _refuse(self, record: Record, wanted: str) -> NoReturn:
         held = SERVED_BY[type(record)][0]
         lack = " without answers" if isinstance(record, Prompt) and record.answer is None else ""
@@ -221,6 +224,21 @@ class FileSource(Source):
             f"({KINDS[wanted]}) cannot be made. Set data.path to a file with other columns, or a "
             f"stage that learns from {held} ({KINDS[held]})."
         )
+
+
+def check_one_kind(firsts: Iterable[Record]) -> None:
+    """Refuse a mixture whose parts hold records of different kinds.
+
+    Args:
+        firsts: the first record of each part.
+
+    Raises:
+        DataError: naming the kinds and where they were seen.
+    """
+    kinds = {type(record): record for record in firsts}
+    if len(kinds) > 1:
+        seen = "; ".join(f"{SERVED_BY[k][0]} ({r.place})" for k, r in kinds.items())
+        raise DataError(f"data.mix mixes records of different kinds: {seen}.")
 
 
 def _only(kind: type[R]):

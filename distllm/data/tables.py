@@ -36,6 +36,12 @@ def read_csv(file: Path, delimiter: str, quotes: bool) -> Iterator[Row]:
             f"{file} must begin with a line of column names, each different; it begins with "
             f"{delimiter.join(header)[:100]!r}."
         )
+    other = next((d for d in ",;\t|" if d != delimiter and d in "".join(header)), "")
+    if len(header) == 1 and other:
+        raise DataError(
+            f"{file} has one column, {header[0][:100]!r}, as if {other!r} stood between columns. A .csv file needs "
+            "commas, a .tsv file tabs."
+        )
     while True:
         row = Row(file, f"line {reader.line_num + 1}")
         try:
