@@ -274,8 +274,13 @@ class RolloutSource:
             size, ranks = self.learning.options.micro_batch_size, self.engines[role].ranks
             mine = examples[ranks.dp_rank :: ranks.dp_size]
             batches = [objective.collate(mine[i : i + size]) for i in range(0, len(mine), size)]
-            if not any_true(any(w.sum() for b in batches for w in objective.weights(b).values())):
-                continue  # every response was masked or unscorable: nothing to learn from
+            has_weight = any(w.sum() for b in batches for w in objective.weights(b).values())
+            if not any_true(
+                has_weight and (role != "policy" or self.algorithm.policy.pushes(mine))
+            ):
+                # Every response was masked, unscorable or worth as much as the others. A step without a gradient would
+                # still decay the weights and follow the optimizer's momentum.
+                continue
             work.append(
                 Work(
                     self.engines[role],

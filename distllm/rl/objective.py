@@ -72,6 +72,12 @@ class PolicyObjective:
         kept.sample_ids = batch.sample_ids
         return kept
 
+    def pushes(self, examples: Sequence[Rollout]) -> bool:
+        """Say whether an update on these can have a gradient at all."""
+        return len(self.coefficients) > 1 or any(
+            r.advantages is None or bool(r.advantages.any()) for r in examples
+        )
+
     def weights(self, batch: Batch) -> dict[str, Tensor]:
         """Count response tokens, or responses."""
         return dict.fromkeys(self.coefficients, self._tokens(batch).total)

@@ -42,8 +42,10 @@ def call(function: Callable[..., Any], sample: Mapping[str, Any]) -> float:
         said = [[{"role": "assistant", "content": sample["response"]}]]
         given = {"prompts": [sample["messages"]], "completions": said, "answer": [sample["answer"]]}
         given |= {k: [v] for k, v in sample["extra"].items()}
-        found = function(**{k: v for k, v in given.items() if takes_all or k in parameters})
-        (value,) = found
+        found = list(function(**{k: v for k, v in given.items() if takes_all or k in parameters}))
+        if len(found) != 1:
+            raise ValueError(f"{len(found)} rewards were returned for one completion")
+        value = found[0]
     else:
         given = {k: v for k, v in sample.items() if k != "extra"} | dict(sample["extra"])
         value = function(**{k: v for k, v in given.items() if takes_all or k in parameters})
@@ -78,7 +80,7 @@ def main() -> None:
         try:
             answer(value=call(function, json.loads(line) | bound))
         except Exception as error:
-            answer(error=f"{type(error).__name__}: {error}"[:500])
+            answer(error=" ".join(f"{type(error).__name__}: {error}".split())[:500])
 
 
 if __name__ == "__main__":
