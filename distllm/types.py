@@ -48,7 +48,7 @@ class Batch:
     decoder_segment_ids: Tensor | None = None
     """[batch, target_seq] int64: a target sees the source of its own number; 0 marks padding."""
     sample_ids: Tensor | None = None
-    """[batch] int64: which samples of the data set these rows are (for packed rows: the row's number)."""
+    """[samples] int64: which samples of the data set are in the batch: its rows, in order, unless several share a row."""
     classes: Tensor | None = None
     """[batch] int64: the class of each sequence."""
     rewards: Tensor | None = None

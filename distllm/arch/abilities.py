@@ -13,6 +13,8 @@ class Abilities:
     """Objective that imitates dialogues; empty = there is none."""
     generates: bool = True
     """Says text token by token; if not, its policy in RL draws a label."""
+    packs: bool = False
+    """Several sequences may share a row (`segment_ids`), and that pays: attention is told by segments, without a detour."""
     two_sequences: bool = False
     """Reads a source and writes a target; if not, both are one sequence, and states stand at the input's tokens."""
 

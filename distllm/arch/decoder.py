@@ -38,7 +38,7 @@ class Decoder(Stack):
     """A causal language model. Its forward takes the keyword arguments every architecture takes."""
 
     Options = DecoderOptions
-    abilities = Abilities(objectives=("clm", "prefix"))
+    abilities = Abilities(objectives=("clm", "prefix"), packs=True)
 
     def __init__(self, options: DecoderOptions, head: str = "lm", seed: int = 0) -> None:
         """Build the model with initial weights that depend on `seed` and the parameters' names only.

@@ -52,6 +52,20 @@ def resolve_objective(config: Config) -> str:
     return wanted
 
 
+def packs_dialogues(config: Config) -> bool:
+    """Say whether several dialogues are laid into one row, where the objective is that of `stage=sft`."""
+    if config.stage.name == "sft" and config.stage.pack is not None:
+        return config.stage.pack
+    return abilities_of(config).packs and not _balances_rows(config)
+
+
+def _balances_rows(config: Config) -> bool:
+    """Say whether experts are balanced, which is counted by row."""
+    options = _model_options(config)
+    coefs = (getattr(options, name, 0) for name in ("balance_coef", "router_z_coef"))
+    return getattr(options, "num_experts", 0) > 0 and any(coefs)
+
+
 def ability_problems(config: Config) -> list[str]:
     """Check the stage against the architecture."""
     able, stage, name = abilities_of(config), config.stage, arch_name(config)
@@ -63,6 +77,11 @@ def ability_problems(config: Config) -> list[str]:
         return [
             f"stage=sft: arch={name} does not write text, so it cannot imitate answers. Set stage=classify or stage=tag, "
             "or choose a decoder."
+        ]
+    if stage.name == "sft" and stage.pack and _balances_rows(config):
+        return [
+            f"stage.pack=true lays several dialogues into one row, and the balance of the experts of arch={name} is taken "
+            "by row, so the loss would change. Set stage.pack=false, or arch.balance_coef=0 arch.router_z_coef=0."
         ]
     if stage.name in _WRITING and not able.generates:
         return [

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from distllm.config.abilities import packs_dialogues
 from distllm.config.activations import MicroBatch, Moment, loss_bytes
 from distllm.config.checks import model_options
 from distllm.config.flops import ModelFlops, model_flops
@@ -138,7 +139,7 @@ def forecast(config: Config, models: Models) -> Forecast:
         batch=train.micro_batch_size * (2 if supervised_stages().get(stage.name) == "pairs" else 1),
         seq=seq,
         element=target.dtype.itemsize,
-        packed=stage.name == "pretrain",
+        packed=stage.name == "pretrain" or (stage.name == "sft" and packs_dialogues(config)),
         on_cpu=target.on_cpu,
         checkpointing=config.engine.activation_checkpointing,
         compiled=config.engine.compile,

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
-
 from distllm.data.datasets import ChatExample
 from distllm.errors import DataError
 from distllm.objectives.sft import SFT, SFTOptions
@@ -31,14 +29,12 @@ class Seq2Seq(SFT):
         super().__init__(options, pad_id)
         self.join = join
 
-    def collate(self, examples: Sequence[ChatExample]) -> Batch:  # type: ignore[override]
+    def padded(self, examples: Sequence[ChatExample]) -> Batch:
         """Cut each dialogue before its last learned answer."""
         cuts = [last_answer(e) for e in examples]
         sources = [e.input_ids[:start] for e, (start, _) in zip(examples, cuts, strict=True)]
         targets = [e.input_ids[start:stop] for e, (start, stop) in zip(examples, cuts, strict=True)]
-        batch = self.join(sources, targets, self.pad_id)
-        batch.sample_ids = torch.tensor([e.sample_id for e in examples])
-        return batch
+        return self.join(sources, targets, self.pad_id)
 
 
 def last_answer(example: ChatExample) -> tuple[int, int]:

@@ -12,9 +12,9 @@ from torch import Tensor
 from distllm.data.datasets import ChatExample
 from distllm.errors import ConfigError
 from distllm.objectives.clm import CLM, lm_loss
-from distllm.objectives.collate import pad_rows
+from distllm.objectives.collate import pack_rows, pad_rows
 from distllm.registry import register
-from distllm.types import IGNORE_INDEX, Batch, LossOutput, Model
+from distllm.types import IGNORE_INDEX, Batch, LossOutput, Model, free
 
 
 @dataclass(kw_only=True, slots=True)
@@ -25,6 +25,10 @@ class SFTOptions:
     neftune_alpha: float = 0.0
     """Strength of the uniform noise on the input embeddings in training (NEFTune; 5 to 15 are usual); 0 is none. Larger
     keeps the model from learning the answers' wording by heart."""
+    pack: bool | None = free(None)
+    """Lay several short dialogues of a micro-batch into one row as wide as its longest, with attention and positions that
+    restart in each: less padding, the same loss and gradient. null: where the architecture does so without a detour and
+    nothing is counted by row. A larger `train.micro_batch_size` fills rows better."""
 
 
 @register("objective")
@@ -42,6 +46,12 @@ class SFT(CLM):
         return lm_loss(model, batch, inputs=noisy_inputs(model, batch, alpha))
 
     def collate(self, examples: Sequence[ChatExample]) -> Batch:  # type: ignore[override]
+        """Lay dialogues out, several to a row if so set."""
+        batch = self.padded(examples)
+        batch.sample_ids = torch.tensor([e.sample_id for e in examples])
+        return pack_rows(batch, self.pad_id) if self.options.pack else batch
+
+    def padded(self, examples: Sequence[ChatExample]) -> Batch:
         """Pad dialogues on the right; masks come from lengths, never from token values."""
         labels = [
             [t if on else IGNORE_INDEX for t, on in zip(e.input_ids[1:], e.mask[1:], strict=True)]
@@ -51,15 +61,14 @@ class SFT(CLM):
             input_ids=pad_rows([e.input_ids[:-1] for e in examples], self.pad_id),
             labels=pad_rows(labels, IGNORE_INDEX),
             attention_mask=pad_rows([[1] * (len(e.input_ids) - 1) for e in examples], 0).bool(),
-            sample_ids=torch.tensor([e.sample_id for e in examples]),
         )
 
 
 def noisy_inputs(model: Any, batch: Batch, alpha: float) -> dict[str, Tensor]:
     """Return the model's arguments with noise on the input embeddings: U(-1, 1) * alpha / sqrt(L d).
 
-    d is the width, L a row's number of real tokens (padding does not weaken the noise, as it does where L is the padded
-    length). Like dropout the noise comes from the process's generator, which checkpoints save.
+    d is the width, L a sequence's number of real tokens (padding does not weaken the noise, as it does where L is the
+    padded length). Like dropout the noise comes from the process's generator, which checkpoints save.
 
     Reference: Jain et al. 2023, arXiv 2310.05914, algorithm 1.
 
@@ -74,8 +83,12 @@ def noisy_inputs(model: Any, batch: Batch, alpha: float) -> dict[str, Tensor]:
         )
     inputs = batch.inputs()
     clean = embed(inputs.pop("input_ids"))
-    mask = batch.attention_mask
-    real = clean.new_ones(clean.shape[:2]) if mask is None else mask.to(clean.dtype)
-    scale = alpha / (real.sum(1) * clean.shape[-1]).sqrt()  # [batch]
-    noise = torch.empty_like(clean).uniform_(-1, 1) * (scale[:, None] * real)[..., None]
+    marks = batch.attention_mask if batch.segment_ids is None else batch.segment_ids
+    if marks is None:
+        marks = torch.ones_like(batch.input_ids)
+    marks = marks.long()  # 0 is padding
+    counts = marks.new_zeros(len(marks), int(marks.max()) + 1)
+    lengths = counts.scatter_add_(1, marks, torch.ones_like(marks)).gather(1, marks)
+    scale = alpha / (lengths * clean.shape[-1]).sqrt() * (marks != 0)  # [batch, seq]
+    noise = torch.empty_like(clean).uniform_(-1, 1) * scale.to(clean.dtype)[..., None]
     return inputs | {"inputs_embeds": clean + noise}

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from distllm import registry
-from distllm.config.abilities import abilities_of
+from distllm.config.abilities import abilities_of, packs_dialogues
 from distllm.data.datasets import (
     ChatDataset,
     PairDataset,
@@ -49,6 +49,7 @@ def sft_objective(builder: Builder, model: Any) -> Any:
     config = builder.config
     name = abilities_of(config).sft
     options = config.stage if config.stage.name == "sft" else SFTOptions()
+    options = replace(options, pack=packs_dialogues(config))
     cls = registry.get("objective", name)
     if name == "sft":
         return cls(options, pad_id=builder.pad_id)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distllm.errors import ConfigError
 from distllm.generation.rollouts import TOKEN_FIELDS
+from distllm.objectives.collate import pack_rows
 from distllm.types import IGNORE_INDEX, Batch, Model, Rollout
 
 Join = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]], int], Batch]
@@ -27,64 +27,21 @@ def collate_rollouts(
         rollouts: at least one.
         join: `model.join`.
         pad_id: fills the rectangle; masked.
-        pack: put several rollouts into a row where they fit; only for models whose input is one sequence.
+        pack: put several rollouts into a row where they fit.
     """
-    prompts, responses = [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts]
-    if pack:
-        order, batch = _packed(prompts, responses, join, pad_id)
-    else:
-        order, batch = list(range(len(rollouts))), join(prompts, responses, pad_id)
+    batch = join([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], pad_id)
     assert batch.labels is not None
     mask = batch.labels != IGNORE_INDEX
     for name in TOKEN_FIELDS:
-        parts = [getattr(rollouts[i], name) for i in order]
+        parts = [getattr(r, name) for r in rollouts]
         if all(p is not None for p in parts):
             flat = torch.cat(parts)
             setattr(batch, name, flat.new_zeros(mask.shape).masked_scatter_(mask, flat))
-    index = torch.tensor([i for i in order for _ in responses[i]])
+    index = torch.tensor([i for i, r in enumerate(rollouts) for _ in r.response_ids])
     batch.response_index = index.new_zeros(mask.shape).masked_scatter_(mask, index)
     batch.rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float64)
     batch.sample_ids = torch.tensor([r.prompt_index for r in rollouts])
-    return batch
-
-
-def _packed(
-    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], join: Join, pad_id: int
-) -> tuple[list[int], Batch]:
-    """Put each prompt with its response behind another one where the widest row leaves room (first fit, longest first).
-
-    Returns:
-        the order in which responses appear, row by row, and a batch with `segment_ids`.
-    """
-    alone = [join([p], [r], pad_id) for p, r in zip(prompts, responses, strict=True)]
-    if extra := set(alone[0].inputs()) - {"input_ids", "attention_mask"}:
-        raise ConfigError(
-            f"stage.pack=true puts several responses into one row, but this architecture's inputs hold "
-            f"{', '.join(sorted(extra))} as well. Set stage.pack=false."
-        )
-    lengths = [a.input_ids.shape[1] for a in alone]
-    width = max(lengths)
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for i in sorted(range(len(alone)), key=lambda i: -lengths[i]):
-        row = next((k for k, free in enumerate(room) if free >= lengths[i]), len(rows))
-        if row == len(rows):
-            rows.append([])
-            room.append(width)
-        rows[row].append(i)
-        room[row] -= lengths[i]
-    input_ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
-    labels = torch.full((len(rows), width), IGNORE_INDEX, dtype=torch.int64)
-    segment_ids = torch.zeros((len(rows), width), dtype=torch.int64)
-    for row, members in enumerate(rows):
-        start = 0
-        for segment, i in enumerate(members, 1):
-            place = slice(start, start + lengths[i])
-            input_ids[row, place], labels[row, place] = alone[i].input_ids[0], alone[i].labels[0]  # type: ignore[index]
-            segment_ids[row, place] = segment
-            start += lengths[i]
-    order = [i for members in rows for i in members]
-    return order, Batch(input_ids=input_ids, labels=labels, segment_ids=segment_ids)
+    return pack_rows(batch, pad_id) if pack else batch
 
 
 def hidden_states(model: Model, batch: Batch) -> Tensor:

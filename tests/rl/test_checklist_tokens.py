@@ -22,7 +22,7 @@ from distllm.errors import DataError
 from distllm.generation.generate import generate
 from distllm.generation.options import GenerationOptions
 from distllm.layers import masks
-from distllm.objectives import sft
+from distllm.objectives import collate, sft
 from distllm.objectives.sft import SFT, SFTOptions
 from distllm.rl import layout, loop
 from distllm.rl.layout import collate_rollouts, hidden_states
@@ -282,7 +282,7 @@ def test_item_08_packed_rows_do_not_see_each_other():
 
     holds_and_notices(
         check,
-        (layout, "segment_ids[row, place] = segment", "segment_ids[row, place] = 1"),
+        (collate, "marks[to] = segment[which]", "marks[to] = 1"),
         (masks, "return columns - torch.where(starts, columns, 0).cummax(dim=1).values", "return columns[None]"),
     )  # fmt: skip
 
