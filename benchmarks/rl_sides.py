@@ -65,11 +65,13 @@ class EReward:
         """Nothing to give back."""
 
 
-def ceiling(precision: str, length: float, device: str = "cpu", updates: int = 1) -> float:
+def ceiling(
+    precision: str, length: float, device: str = "cpu", updates: float = 1, bare: float = 0
+) -> float:
     """Return the seconds that the step's bare matrix products take: decoding, one forward, two backwards.
 
     Decoding counts `RESPONSES` rows for `length` tokens each, as if rows that ended were replaced at no cost. `updates` counts passes of forward and backward
-    over all tokens.
+    over all tokens, `bare` single products of models without an output matrix.
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     d, kv = SHAPE.d_model, SHAPE.d_model // 2
@@ -77,7 +79,7 @@ def ceiling(precision: str, length: float, device: str = "cpu", updates: int = 1
     weights = [torch.randn(o, i, dtype=dtype, device=device) for i, o in layer * SHAPE.n_layers]
     weights.append(torch.randn(SHAPE.vocab_size, d, dtype=dtype, device=device))
 
-    def products(rows: int, factor: int) -> float:
+    def products(rows: int, factor: float, weights: list[torch.Tensor] = weights) -> float:
         inputs = {
             w.shape[1]: torch.randn(rows, w.shape[1], dtype=dtype, device=device) for w in weights
         }
@@ -91,7 +93,9 @@ def ceiling(precision: str, length: float, device: str = "cpu", updates: int = 1
             runs.append(time.perf_counter() - start)
         return factor * statistics.median(runs)
 
-    return length * products(RESPONSES, 1) + products(int(RESPONSES * (length + 20)), 3 * updates)
+    rows = int(RESPONSES * (length + 20))
+    without = products(rows, bare, weights[:-1]) if bare else 0.0
+    return length * products(RESPONSES, 1) + products(rows, 3 * updates) + without
 
 
 def describe(seconds: list[float]) -> str:
