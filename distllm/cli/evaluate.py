@@ -9,7 +9,8 @@ from distllm.cli.arguments import split
 HELP = """
 usage: distllm evaluate model=DIR data=DATA [train.num_eval_samples=N] [out=FILE] [plot=FILE] [key=value ...]
 
-Documents give nats per token and bits per byte, dialogues and prompts exact match. Pairs give a reward model's accuracy
+Documents give nats per token and bits per byte, dialogues and prompts exact match, and the share of sampled tokens that
+are equal whether prompts are answered together or each by itself (train.precision=fp32 or bf16). Pairs give a reward model's accuracy
 with its interval, calibration bin by bin, how much length sways it, and whether padding or batch size does.
 
 Examples:

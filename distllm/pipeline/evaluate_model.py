@@ -11,6 +11,7 @@ from distllm.engines.hardware import resolve_device, tune_cpu
 from distllm.engines.processes import phase, processes
 from distllm.errors import ConfigError
 from distllm.objectives.reward import Reward, RewardOptions
+from distllm.pipeline.agreement import sampling_agreement
 from distllm.pipeline.build import Builder
 from distllm.pipeline.judge import judge
 from distllm.pipeline.measure import heldout_pairs, measure_dialogues, measure_pairs
@@ -52,6 +53,7 @@ def _evaluate(config: Config) -> dict[str, Any]:
         measure = measure_texts(builder, engine)
     elif model.head_name == "lm" and "dialogues" in serves:
         measure = measure_dialogues(builder, engine)
+        more = sampling_agreement(builder, engine) if "prompts" in serves else {}
     elif model.head_name == "classify" and "labelled" in serves:
         measure = measure_labelled(builder, engine, model.label_names)
     elif model.head_name == "tag" and "tagged" in serves:

@@ -148,8 +148,9 @@ def answer_with(
     prompts: list[Any],
     options: GenerationOptions,
     sampler: Sampler = sample_alone,
+    batch_size: int = 128,
 ) -> Answers:
-    """Answer each prompt once under `options`."""
+    """Answer each prompt once under `options`, so many at a time."""
     return answer(
         engine,
         prompts,
@@ -160,6 +161,7 @@ def answer_with(
         seed=builder.config.run.seed,
         answer_after=builder.config.data.answer_after,
         sampler=sampler,
+        batch_size=batch_size,
     )
 
 
