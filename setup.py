@@ -47,6 +47,7 @@ setup(
         "tensorboard": ["tensorboard>=2.18"],
         "vllm": ["vllm>=0.15"],
         "peft": ["peft>=0.17"],
+        "qlora": ["peft>=0.17", "bitsandbytes>=0.48"],
         "math": ["math-verify>=0.9"],
         "dev": [
             "pytest>=8",

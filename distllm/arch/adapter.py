@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distllm.arch.quantised import hold_in_4bit, weights_given_back
 from distllm.errors import ConfigError
 from distllm.layers.init import initial_value
 
@@ -39,6 +40,9 @@ class AdapterOptions:
     targets: list[str] = field(default_factory=list)
     """Linear layers that get an adapter, by their last name (`q_proj`). Empty: all in the blocks. Experts, embeddings
     and output matrices stay frozen."""
+    base_bits: int = 32
+    """Bits of each frozen weight of the blocks: 32 keeps it, 4 rounds it to NF4 and needs an eighth of the memory (QLoRA).
+    The reference of DPO and RL is the rounded model then, and the exported one holds what was trained beside it."""
     lr: float = 0.0
     """Peak learning rate of a model that is trained through an adapter; 0 takes optim.lr. Adapters want a larger one than
     all weights do: about ten times."""
@@ -55,6 +59,8 @@ def attach(model: Any, options: AdapterOptions, seed: int) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     targets = target_layers(model, options)
+    if options.base_bits == 4:
+        hold_in_4bit(model)
     inject_adapter_in_model(
         LoraConfig(
             r=options.rank,
@@ -155,10 +161,12 @@ def merged(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
     """Add the adapters to the weights beside them: the tensors of a model without adapters, equal in what it computes.
 
     Args:
-        model: says where adapters are and their factor; its own weights are not read.
+        model: says where adapters are and their factor; of its own weights those in 4 bits alone are read.
         tensors: full parameters and buffers by name, as an engine exports them; empty gives empty.
     """
     plain = {plain_name(n): t for n, t in tensors.items() if not is_adapter(n)}
+    if tensors:
+        plain |= {plain_name(n): t for n, t in weights_given_back(model).items()}
     for path, layer in adapted(model).items() if tensors else ():
         down, up = (tensors[f"{path}.lora_{x}.{_NAME}.weight"] for x in "AB")
         plain[f"{path}.weight"] = plain[f"{path}.weight"] + (up @ down) * layer.scaling[_NAME]

@@ -97,7 +97,7 @@ def block_held(shape: ModelShape, work: MicroBatch) -> Held:
     return Held(
         attention=norm + into + _attention_held(shape, work) + dropped + behind,
         feed_forward=norm + into + inner + dropped + behind,
-        copies=work.copies * shape.block_multiplied // work.tp,
+        copies=work.copies * (shape.block_multiplied - shape.held_in_4bit) // work.tp,
     )
 
 

@@ -17,6 +17,7 @@ _RULES: dict[Rule, str] = {
     AT_LEAST_1: "adapter.rank",
     POSITIVE: "adapter.alpha",
     BELOW_1: "adapter.dropout",
+    Rule(lambda v: v in (4, 32), "must be 4 or 32"): "adapter.base_bits",
     NOT_NEGATIVE: "adapter.lr",
 }
 ENGINES = ("single", "ddp", "fsdp")
@@ -50,6 +51,11 @@ def adapter_problems(config: Config) -> list[str]:
             f"engine.mesh.tp_size={mesh.tp_size} with adapter={adapter.name}: the matrices of an adapter are not split over "
             "the tp axis. Set engine.mesh.tp_size=1."
         )
+    if adapter.base_bits == 4 and engine.name == "fsdp":
+        problems.append(
+            "adapter.base_bits=4 with engine=fsdp: weights in 4 bits are not cut into shards. Set engine to single or ddp, or "
+            "adapter.base_bits=32."
+        )
     compares = stage in registry.names("algorithm") or stage in ("dpo", "kto", "orpo", "simpo")
     if adapter.dropout and compares:
         problems.append(
@@ -68,6 +74,11 @@ def adapter_machine_problems(config: Config) -> list[str]:
         problems.append(
             f'adapter={name} needs the package peft, which is not installed. Type pip install "distllm[peft]", or set '
             "adapter=none."
+        )
+    if config.adapter.base_bits == 4 and importlib.util.find_spec("bitsandbytes") is None:
+        problems.append(
+            "adapter.base_bits=4 needs the package bitsandbytes, which is not installed. Type "
+            'pip install "distllm[qlora]", or set adapter.base_bits=32.'
         )
     if config.model is None:
         problems.append(

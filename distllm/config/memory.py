@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from distllm.arch.quantised import BYTES_PER_WEIGHT
 from distllm.config.activations import MicroBatch, Moment
 from distllm.config.activations import moments as formulas
 from distllm.config.layout import Layout, local_numel, stage_layers
@@ -64,6 +65,8 @@ def rank_memory(
         _FP32 * _local(shape, layout, what) for what in ("weights", "gradients", "optimizer")
     )
     optimizer *= MOMENTS
+    saved = stage_layers(shape, layout) * shape.held_in_4bit
+    weights -= int((_FP32 - BYTES_PER_WEIGHT) * saved)
     buffers = Buffers(shape, work, layout, accum)
     if not trained:
         gathered = buffers.forward

@@ -46,6 +46,8 @@ class ModelShape:
     """Those of `block` that are trained: with adapters, theirs alone."""
     trained_rest: tuple[Size, ...]
     """Those of `rest` that are trained: with adapters, a new head."""
+    held_in_4bit: int = 0
+    """Weights of one block that are held in 4 bits."""
     adapter_width: int = 0
     """Numbers between the two matrices of each adapter of a block, per token."""
 
@@ -114,9 +116,12 @@ def shape_of_model(
     own: tuple[Size, ...] = tuple(tuple(p.shape) for p in block.parameters())
     rest = {n: tuple(p.shape) for n, p in model.named_parameters() if id(p) not in inside}
     beside: tuple[Size, ...] = ()
+    held = 0
     if adapter is not None:
         layers = {id(m) for m in target_layers(model, adapter).values()}
         adapted = [m for m in block.modules() if id(m) in layers]
+        if adapter.base_bits == 4:
+            held = sum(m.weight.numel() for m in block.modules() if type(m) is nn.Linear)
         beside = tuple(s for m in adapted for s in matrix_shapes(m, adapter.rank))
     is_whole = not beside or head in WHOLE_HEADS
     return ModelShape(
@@ -139,6 +144,7 @@ def shape_of_model(
         trained_rest=tuple(
             s for n, s in rest.items() if is_whole and (not beside or n.startswith("head."))
         ),
+        held_in_4bit=held,
         adapter_width=adapter.rank * len(beside) // 2 if adapter is not None else 0,
         head_multiplied=0 if projection is None else projection.numel(),
     )

@@ -62,8 +62,8 @@ class Engine(ABC):
 
     @property
     def num_parameters(self) -> int:
-        """Number of weights of the whole model."""
-        return sum(p.numel() for p in self.model.parameters())
+        """Number of weights of the whole model, those that are held in fewer bits among them."""
+        return sum(getattr(p, "num_weights", p.numel()) for p in self.model.parameters())
 
     @abstractmethod
     def forward_backward(

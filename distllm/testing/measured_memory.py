@@ -40,8 +40,15 @@ class Case:
     """Further fields of the engine's options."""
     adapter_rank: int = 0
     """0 trains every weight."""
+    base_bits: int = 32
     mesh: dict[str, int] = field(default_factory=dict)
     """Fields of MeshOptions."""
+
+    def adapter(self) -> AdapterOptions | None:
+        """Return the adapter's options, if there is one."""
+        if not self.adapter_rank:
+            return None
+        return AdapterOptions(name="lora", rank=self.adapter_rank, base_bits=self.base_bits)
 
     def options(self) -> Any:
         """Return the engine's options."""
@@ -57,8 +64,9 @@ def track(case: Case) -> StorageTracker:
     """Train two steps of `case` in this process, which is a member of the group already, and count."""
     options = DecoderOptions(**case.shape)
     model = Decoder(options)
-    if case.adapter_rank:
-        attach(model, AdapterOptions(name="lora", rank=case.adapter_rank), seed=0)
+    adapter = case.adapter()
+    if adapter is not None:
+        attach(model, adapter, seed=0)
     engine = build_engine(
         "model",
         model,

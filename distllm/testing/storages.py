@@ -107,7 +107,7 @@ def measure_steps(engine: Any, objective: Any, micro_batches: Sequence[Batch]) -
         state = engine.optimizer.state if engine.optimizer is not None else {}
         values = (getattr(b, f.name) for b in micro_batches for f in fields(b))
         return {
-            "weights": [*parameters, *engine.model.buffers()],
+            "weights": [*parameters, *engine.model.buffers(), *_scales(engine.model)],
             "optimizer": [t for s in state.values() for t in s.values() if isinstance(t, Tensor)],
             "inputs": [v for v in values if isinstance(v, Tensor)],
         }
@@ -127,6 +127,12 @@ def measure_steps(engine: Any, objective: Any, micro_batches: Sequence[Batch]) -
             engine.forward_backward(objective, micro_batches, totals)
             engine.update(1e-3)
     return tracker
+
+
+def _scales(model: Any) -> list[Tensor]:
+    """List what stands beside weights that are held in fewer bits."""
+    held = (m.scales for m in model.modules() if hasattr(m, "scales"))
+    return [t for s in held for t in (s.absmax, s.code, s.offset, s.state2.absmax, s.state2.code)]
 
 
 def _fsdp_parameters(model: Any) -> list[Any]:

@@ -205,3 +205,26 @@ def test_checks_change_nothing():
     before = compose(["run.dir=x"])
     checks.check_training(config)
     assert config == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["adapter.rank=4"], ["adapter.rank=4 has no effect with adapter=none", "Set adapter=lora"]),
+        (["adapter=lora", "adapter.rank=0"], ["adapter.rank=0 must be at least 1", "Set 8"]),
+        (["adapter=lora", "adapter.dropout=1"], ["adapter.dropout=1.0 must be from 0 to below 1"]),
+        (["adapter=lora", "adapter.base_bits=8"], ["adapter.base_bits=8 must be 4 or 32"]),
+        (["adapter=lora", "stage=dpo", "adapter.dropout=0.1"], ["adapter.dropout=0.1 with stage=dpo", "Set adapter.dropout=0"]),
+        (["adapter=lora", "adapter.base_bits=4", "engine=fsdp"], ["adapter.base_bits=4 with engine=fsdp", "single or ddp"]),
+    ],
+)  # fmt: skip
+def test_an_adapter_that_cannot_be(overrides, words):
+    text = message(*overrides)
+    assert all(word in text for word in words), text
+
+
+def test_an_adapter_needs_its_packages_and_a_model_to_stand_beside(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    text = training_message("adapter=lora", "adapter.base_bits=4", "hardware.device=cpu")
+    for word in ('pip install "distllm[peft]"', 'pip install "distllm[qlora]"', "Set model=DIR"):
+        assert word in text

@@ -5,7 +5,6 @@ from dataclasses import asdict, replace
 import pytest
 from patched import with_bug
 
-from distllm.arch.adapter import AdapterOptions
 from distllm.arch.decoder import DecoderOptions
 from distllm.config import activations
 from distllm.config.activations import MicroBatch
@@ -118,7 +117,7 @@ def predicted(case, module=activations) -> RankMemory:
         casts_blocks=case.engine != "fsdp",
         tp=layout.tp,
     )
-    adapter = AdapterOptions(name="lora", rank=case.adapter_rank) if case.adapter_rank else None
+    adapter = case.adapter()
     model = shape_of_model(options, adapter=adapter)
     return rank_memory(model, work, layout, case.accum, moments=module.moments(model, work))
 
@@ -139,6 +138,7 @@ def test_every_class_of_bytes_is_predicted(name):
     compare(predicted(CASES[name]), track(CASES[name]).peaks, tolerance=0.01)
 
 
+IN_4_BITS = Case(shape={**DEFAULT, "vocab_size": 512}, adapter_rank=4, base_bits=4)
 ADAPTERS = {
     "fp32": Case(shape=DEFAULT, adapter_rank=8),
     "bf16": Case(shape=DEFAULT, precision="bf16", adapter_rank=8),
@@ -160,6 +160,16 @@ def test_beside_an_adapter_frozen_weights_have_neither_gradients_nor_moments(nam
     compare(predicted(case), peaks, tolerance=0.04)
     with pytest.raises(AssertionError):
         compare(predicted(replace(case, adapter_rank=0)), peaks, tolerance=0.04)
+
+
+def test_weights_in_4_bits_are_planned_as_such():
+    """Not counted: tables of 1 KiB a layer, and what gives one layer back for the length of a product."""
+    pytest.importorskip("bitsandbytes", reason="needs the package bitsandbytes")
+    found, peaks = predicted(IN_4_BITS), track(IN_4_BITS).peaks
+    assert found.weights == pytest.approx(peaks["weights"], rel=0.015)
+    assert found.gradients == pytest.approx(peaks["gradients"], rel=1e-3)
+    assert found.working == pytest.approx(peaks["working"], rel=0.05)
+    assert predicted(replace(IN_4_BITS, base_bits=32)).weights > 2 * found.weights
 
 
 @pytest.mark.parametrize(

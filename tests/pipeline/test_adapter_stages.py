@@ -118,6 +118,20 @@ def test_an_encoder_decoder_is_trained_so_too(name, t5_parent, tmp_path):
     AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run" / "model")
 
 
+def test_beside_weights_in_4_bits_a_stage_goes_on_bit_for_bit_too(parent, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="needs the package bitsandbytes")
+    own = ["adapter.base_bits=4", "train.precision=bf16", "arch.dropout=0"]
+    settings = [*LORA, *STAGES["dpo"], *own, f"model='{parent}'"]
+    assert run_tiny(tmp_path / "whole", settings).finished
+    holds_the_adapter_alone(tmp_path / "whole", "model")
+    assert not run_tiny(tmp_path / "parts", settings, StopAfter(3)).finished
+    assert run_tiny(tmp_path / "parts", settings).finished
+    assert weights_hash(tmp_path / "whole") == weights_hash(tmp_path / "parts")
+    base, run = (json.loads((p / "result.json").read_text()) for p in (parent.parent, tmp_path / "whole"))  # fmt: skip
+    beside = sum(t.numel() for k, t in load_file(tmp_path / "whole" / "checkpoints" / "step_00000004" / "model.safetensors").items() if k.startswith("weight/"))  # fmt: skip
+    assert run["num_parameters"] == base["num_parameters"] + beside
+
+
 def test_a_checkpoint_with_frozen_weights_would_be_noticed(parent, tmp_path):
     with planted(native, "or parameter.requires_grad:", "or True:"):
         run_tiny(tmp_path / "run", [*LORA, *STAGES["sft"], f"model='{parent}'"])
