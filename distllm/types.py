@@ -363,6 +363,16 @@ class Tagged:
 
 
 @dataclass(slots=True, kw_only=True)
+class Stepwise:
+    """A solution in steps, each judged right or wrong."""
+
+    prompt: list[dict[str, str]]
+    steps: list[str]
+    right: list[bool]
+    place: str = _place()
+
+
+@dataclass(slots=True, kw_only=True)
 class Parallel:
     """A text and what it is to be turned into (translation, summary, a command's actions)."""
 
@@ -371,7 +381,7 @@ class Parallel:
     place: str = _place()
 
 
-Record = Document | Dialogue | Pair | Prompt | Unpaired | Labelled | Tagged | Parallel
+Record = Document | Dialogue | Pair | Prompt | Unpaired | Labelled | Tagged | Stepwise | Parallel
 
 
 def sum_by_key(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -143,7 +143,16 @@ def _print_stats(groups: dict[str, list[list[str]]], tokenizer: Any) -> None:
 
 def _show(record: Any, tokenizer: Any) -> str:
     from distllm.data.chat import encode_dialogue
-    from distllm.types import Dialogue, Document, Labelled, Pair, Parallel, Tagged, Unpaired
+    from distllm.types import (
+        Dialogue,
+        Document,
+        Labelled,
+        Pair,
+        Parallel,
+        Stepwise,
+        Tagged,
+        Unpaired,
+    )
 
     match record:
         case Document():
@@ -157,6 +166,11 @@ def _show(record: Any, tokenizer: Any) -> str:
         case Tagged():
             words = zip(record.tokens, record.tags, strict=True)
             return "- " + " ".join(f"{word}/{tag}" for word, tag in words)
+        case Stepwise():
+            judged = zip(record.steps, record.right, strict=True)
+            steps = (_mark(step, _GREEN if right else _RED) for step, right in judged)
+            asked = (f"{m['role']}: {m['content']}" for m in record.prompt)
+            return "\n".join(["-", *map(_indent, (*asked, *steps))])
         case Parallel():
             return f"- source\n{_indent(record.source)}\n  target\n{_indent(record.target)}"
     messages = record.prompt if isinstance(record, Pair | Unpaired) else record.messages

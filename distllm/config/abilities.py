@@ -93,9 +93,9 @@ def ability_problems(config: Config) -> list[str]:
             f"stage.head=likelihood scores an answer by its probability, and arch={name} does not write text. Set "
             "stage.head=last."
         ]
-    if stage.name == "tag" and able.two_sequences:
+    if stage.name in ("tag", "process") and able.two_sequences:
         return [
-            f"stage=tag labels each token of the input, and the states of arch={name} stand at those of a target. Choose "
+            f"stage={stage.name} labels tokens of the input, and the states of arch={name} stand at those of a target. Choose "
             "an encoder (arch=bert_tiny) or a decoder."
         ]
     if getattr(stage, "reward", "") == "model" and not able.generates:

@@ -34,13 +34,14 @@ from distllm.types import (
     Parallel,
     Prompt,
     Record,
+    Stepwise,
     Tagged,
     Unpaired,
 )
 
 _log = logging.getLogger("distllm")
 
-R = TypeVar("R", Document, Pair, Labelled, Tagged, Parallel)
+R = TypeVar("R", Document, Pair, Labelled, Tagged, Stepwise, Parallel)
 
 SERVED_BY: dict[type, tuple[str, ...]] = {
     Document: ("documents",),
@@ -50,6 +51,7 @@ SERVED_BY: dict[type, tuple[str, ...]] = {
     Unpaired: ("unpaired", "prompts"),
     Labelled: ("labelled", "documents"),
     Tagged: ("tagged",),
+    Stepwise: ("stepwise",),
     Parallel: ("parallel", "dialogues", "prompts"),
 }
 """What can be made of each record; what it is comes first."""
@@ -135,6 +137,10 @@ class FileSource(Source):
     def tagged(self, split: str) -> list[Tagged]:
         """Return sentences with a tag for each word."""
         return self._each(split, _only(Tagged), "tagged")
+
+    def stepwise(self, split: str) -> list[Stepwise]:
+        """Return solutions with a verdict for each step."""
+        return self._each(split, _only(Stepwise), "stepwise")
 
     def parallel(self, split: str) -> list[Parallel]:
         """Return texts with what they become."""

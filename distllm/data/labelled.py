@@ -1,4 +1,5 @@
-"""Sets of token ids for models that give verdicts: texts with a class, words with tags, answers to compare.
+"""Sets of token ids for models that give verdicts: texts with a class, words with tags, steps to judge, answers
+to compare.
 
 None of them needs a chat template; what stands around a text is in `text_layout.py`.
 """
@@ -12,11 +13,16 @@ from typing import TYPE_CHECKING, Any
 from distllm.data.datasets import Encoded, PairExample, PromptExample
 from distllm.data.options import DataOptions
 from distllm.data.text_layout import TextLayout, encode_words, plain_text
+from distllm.data.tokenizer import encode_texts
 from distllm.errors import DataError
-from distllm.types import Labelled, Pair, Prompt, Tagged
+from distllm.types import Labelled, Pair, Prompt, Stepwise, Tagged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+STEP_LABELS = ("wrong", "right")
+"""Names of the labels 0 and 1 of a step."""
 
 
 @dataclass(slots=True)
@@ -179,3 +185,27 @@ class ChoiceDataset(_Verdicts):
     def length(self, example: PromptExample) -> int:
         """Count all tokens."""
         return len(example.prompt_ids)
+
+
+class StepDataset(_Verdicts):
+    """Solutions as plain text, a line for the prompt's messages and for each step, whose last token carries its label."""
+
+    what = "solution"
+
+    def encode(self, record: Stepwise, tok: PreTrainedTokenizerFast, index: int) -> TaggedExample:
+        """Encode one solution; every line by itself, so that a step's tokens do not depend on what follows."""
+        lines = [plain_text(record.prompt), *record.steps]
+        parts = encode_texts(tok, [f"{line}\n" for line in lines])
+        ids, ends = list(parts[0]), []
+        for part in parts[1:]:
+            ids += part
+            ends.append(len(ids) - 1)
+        laid, _ = self.layout.place(ids)
+        shift = len(self.layout.opening)
+        return TaggedExample(
+            laid, [end + shift for end in ends], [int(r) for r in record.right], index
+        )
+
+    def length(self, example: TaggedExample) -> int:
+        """Count all tokens."""
+        return len(example.input_ids)

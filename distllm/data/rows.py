@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from distllm.data.graded import read_steps
 from distllm.data.messages import (
     check_last,
     check_string,
@@ -31,6 +32,7 @@ from distllm.types import (
     Parallel,
     Prompt,
     Record,
+    Stepwise,
     Tagged,
     Unpaired,
 )
@@ -104,7 +106,7 @@ def content_key(record: Record) -> str:
             return record.text
         case Dialogue():
             return json.dumps(record.messages[:-1] or record.messages)
-        case Pair() | Unpaired():
+        case Pair() | Unpaired() | Stepwise():
             return json.dumps(record.prompt)
         case Prompt():
             return json.dumps(record.messages)
@@ -146,6 +148,8 @@ def texts_of(record: Record) -> list[str]:
             return [*_said(record.prompt), record.chosen, record.rejected]
         case Unpaired():
             return [*_said(record.prompt), record.completion]
+        case Stepwise():
+            return [*_said(record.prompt), *record.steps]
         case Prompt():
             return [*_said(record.messages), *([record.answer] if record.answer else [])]
     return _said(record.messages)
@@ -292,6 +296,9 @@ def _bound(make: Callable[..., Record], *arguments: str) -> Callable[[Columns], 
 
 _FORMS = [
     Form(("chosen", "rejected"), "preference pairs", Pair, _pair),
+    Form(
+        ("prompt", "completions", "labels"), "solutions judged step by step", Stepwise, read_steps
+    ),
     Form(("prompt", "completion", "label"), "answers judged good or bad", Unpaired, _unpaired),
     Form(("instruction", "output", "kto_tag"), "Alpaca, judged", Unpaired, _tagged_alpaca),
     Form(

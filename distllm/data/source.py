@@ -18,6 +18,7 @@ from distllm.types import (
     Parallel,
     Prompt,
     Record,
+    Stepwise,
     Tagged,
     Unpaired,
 )
@@ -33,6 +34,7 @@ KINDS = {
     "prompts": "stage=ppo or stage=grpo",
     "labelled": "stage=classify",
     "tagged": "stage=tag",
+    "stepwise": "stage=process",
     "parallel": "stage=sft of an encoder-decoder",
 }
 """What a source may serve -> the stages that learn from it."""
@@ -83,6 +85,10 @@ class Source:
     def tagged(self, split: str) -> list[Tagged]:
         """Return the sentences of `split` with a tag for each word."""
         raise self.cannot_serve("tagged")
+
+    def stepwise(self, split: str) -> list[Stepwise]:
+        """Return the solutions of `split` with a verdict for each step."""
+        raise self.cannot_serve("stepwise")
 
     def parallel(self, split: str) -> list[Parallel]:
         """Return the texts of `split` with what each is to become."""

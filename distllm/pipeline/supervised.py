@@ -13,7 +13,7 @@ from distllm.data.datasets import ChatDataset
 from distllm.engines.base import Engine
 from distllm.errors import CheckpointError, ConfigError
 from distllm.objectives.reward import Reward
-from distllm.pipeline import preferences, pretraining, verdicts
+from distllm.pipeline import preferences, pretraining, process, verdicts
 from distllm.pipeline.build import Builder, Parts
 from distllm.pipeline.measure import (
     heldout_pairs,
@@ -38,6 +38,7 @@ def build(builder: Builder) -> Parts:
         "reward": _reward,
         "classify": verdicts.build_classify,
         "tag": verdicts.build_tag,
+        "process": process.build,
     }
     return own.get(builder.config.stage.name, preferences.build)(builder)
 

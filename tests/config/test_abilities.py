@@ -16,7 +16,7 @@ from distllm.errors import ConfigError
         (["arch=glm_tiny", "stage.objective=clm"], "to blank or prefix"),
         (["arch=bert_tiny", "stage=sft", "data=skills"], "stage=sft: arch=encoder does not write text"),
         (["arch=bert_tiny", "stage=reward", "data=skills", "stage.head=likelihood"], "Set stage.head=last"),
-        (["arch=t5_tiny", "stage=tag", "data=file", "data.path=x"], "stage=tag labels each token of the input"),
+        (["arch=t5_tiny", "stage=tag", "data=file", "data.path=x"], "stage=tag labels tokens of the input"),
         (["arch=bert_tiny", "stage=grpo", "data=skills"], "stage=grpo learns from labelled"),
     ],
 )  # fmt: skip
