@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any
 
 CORE = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "hydra-core", "rich")
-OPTIONAL = ("accelerate", "deepspeed", "flash-attn", "vllm", "wandb", "tensorboard")
+OPTIONAL = (
+    "accelerate",
+    "deepspeed",
+    "flash-attn",
+    "vllm",
+    "wandb",
+    "tensorboard",
+    "peft",
+    "bitsandbytes",
+)
 IMPORTED = {"accelerate": "accelerate", "deepspeed": "deepspeed", "flash-attn": "flash_attn"}
 """Packages that can be installed and yet not work, built as they are against a certain torch -> what to import."""
 

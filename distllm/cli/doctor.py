@@ -28,7 +28,11 @@ OWN = {
 _PACKAGE_OF = {"deepspeed": "deepspeed", "accelerate": "accelerate"}
 """Engine -> the package that it needs beyond torch."""
 
-_SETTING_OF = {"wandb": "tracking=wandb", "tensorboard": "tracking=tensorboard"}
+_SETTING_OF = {
+    "wandb": "tracking=wandb",
+    "tensorboard": "tracking=tensorboard",
+    "peft": "adapter=lora",
+}
 """Optional package -> the setting that needs it."""
 
 _BYTES_PER_PARAMETER = 16  # fp32 weight, gradient and AdamW's two moments

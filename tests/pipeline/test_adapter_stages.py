@@ -118,6 +118,14 @@ def test_an_encoder_decoder_is_trained_so_too(name, t5_parent, tmp_path):
     AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run" / "model")
 
 
+@pytest.mark.slow
+def test_a_wrapped_model_of_transformers_is_trained_so_too(parent, tmp_path):
+    with pytest.warns(UserWarning, match="arch=auto"):
+        run_tiny(tmp_path / "run", [*LORA, "stage=sft", "arch=auto", f"model='{parent}'"])
+    only_low_rank_changes(parent, tmp_path / "run")
+    holds_the_adapter_alone(tmp_path / "run", "model")
+
+
 def test_beside_weights_in_4_bits_a_stage_goes_on_bit_for_bit_too(parent, tmp_path):
     pytest.importorskip("bitsandbytes", reason="needs the package bitsandbytes")
     own = ["adapter.base_bits=4", "train.precision=bf16", "arch.dropout=0"]

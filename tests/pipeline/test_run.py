@@ -67,6 +67,17 @@ def test_a_stage_takes_its_own_settings_and_what_the_pipeline_shares():
     assert job_config(config, jobs["ppo"]).stage.reward_model == "some place/x/reward/model"
 
 
+def test_an_adapter_stands_beside_what_an_earlier_stage_has_learned():
+    config = compose(["pipeline=smoke", "adapter=lora", "adapter.rank=3", "run.dir=x"])
+    found = {
+        job.stage.name: job_config(config, job).adapter
+        for job in plan_jobs(config.pipeline, Path(config.run.dir))
+        if job.stage.kind == "train"
+    }
+    assert found.pop("pretrain").name == "none", "it starts from random weights"
+    assert {a.name for a in found.values()} == {"lora"} and {a.rank for a in found.values()} == {3}
+
+
 def test_pairs_prefer_the_policys_own_mistakes_of_the_right_length():
     prompts = [Prompt(messages=[], answer=a) for a in ("12", "34", "56", "78")]
     corrupted = [Pair(prompt=[], chosen=p.answer, rejected="99", kind="corrupted") for p in prompts]
