@@ -28,7 +28,7 @@ from distllm.engines.processes import note_step, phase
 from distllm.errors import CheckpointError
 from distllm.pipeline import reinforcement, supervised
 from distllm.pipeline.build import Builder, Parts
-from distllm.pipeline.lineage import describe_lineage
+from distllm.pipeline.lineage import describe_lineage, model_hash
 from distllm.pipeline.session import leave_stopped, session
 from distllm.tracking.base import Tracker, make_trackers
 from distllm.tracking.progress import progress
@@ -160,6 +160,8 @@ def _train(
     )
     model: Any = main.model
     tracked = state.restore(loop)
+    if config.adapter.name != "none":
+        _check_base(config, notes)
     _meter_flops(config, trained, notes, loop.meters)
     tracker.restore(tracked or {}, loop.step)
     watch.recall(folder / "metrics.jsonl")
@@ -198,6 +200,17 @@ def _train(
         weights = merged(model, main.export())
         collectives.on_main(lambda: _export(config, folder, builder, parts, model, weights, result))
     return StageResult(True, folder, metrics)
+
+
+def _check_base(config: Config, notes: dict[str, Any]) -> None:
+    """Refuse to go on beside other weights than the adapter was trained with: a checkpoint does not hold them."""
+    assert config.model is not None
+    now = collectives.from_main(lambda: model_hash(Path(config.model)))
+    if notes.setdefault("base_sha256", now) != now:
+        raise CheckpointError(
+            f"model={config.model} has changed since this run began, and its adapter was trained beside the weights that "
+            "were there. Put them back, or start over with another run.dir."
+        )
 
 
 def _export(

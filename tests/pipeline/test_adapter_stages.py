@@ -2,17 +2,19 @@
 
 import gc
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from patched import planted
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_resume import same_checkpoint
 
 from distllm.arch import adapter
 from distllm.config.compose import compose
 from distllm.engines import native
+from distllm.errors import CheckpointError
 from distllm.pipeline import build as build_module
 from distllm.pipeline import preferences, reference, reinforcement
 from distllm.pipeline.build import Builder
@@ -124,6 +126,20 @@ def test_a_wrapped_model_of_transformers_is_trained_so_too(parent, tmp_path):
         run_tiny(tmp_path / "run", [*LORA, "stage=sft", "arch=auto", f"model='{parent}'"])
     only_low_rank_changes(parent, tmp_path / "run")
     holds_the_adapter_alone(tmp_path / "run", "model")
+
+
+def test_other_weights_under_a_half_trained_adapter_are_refused(parent, tmp_path):
+    shutil.copytree(parent, tmp_path / "base")
+    settings = [*LORA, *STAGES["sft"], f"model='{tmp_path / 'base'}'"]
+    assert not run_tiny(tmp_path / "run", settings, StopAfter(2)).finished
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    tensors["model.norm.weight"] += 0.5
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="has changed since this run began"):
+        run_tiny(tmp_path / "run", settings)
+    shutil.rmtree(tmp_path / "base")
+    shutil.copytree(parent, tmp_path / "base")
+    assert run_tiny(tmp_path / "run", settings).finished
 
 
 def test_beside_weights_in_4_bits_a_stage_goes_on_bit_for_bit_too(parent, tmp_path):
