@@ -141,7 +141,7 @@ class Ours:
         )
         train = TrainOptions(global_batch_size=per_step, micro_batch_size=per_step)
         schedule = Constant(ScheduleOptions(), 10**6)
-        objective = SFT(SFTOptions(pack=pack), pad_id=0)
+        objective = SFT(SFTOptions(pack=pack), pad_id=0, longest_row=ROW)
         self.source = SampleSource(examples, self.engine, objective, schedule, LR, train, 0)
         self.steps, self.step, self.fill = len(examples) // per_step, 0, [0, 0]
 

@@ -25,8 +25,8 @@ class Seq2Seq(SFT):
     Options = SFTOptions
     records = ""  # chosen by `stage=sft` where the architecture asks for it; no stage of its own
 
-    def __init__(self, options: SFTOptions, pad_id: int, join: Join) -> None:
-        super().__init__(options, pad_id)
+    def __init__(self, options: SFTOptions, pad_id: int, join: Join, longest_row: int = 0) -> None:
+        super().__init__(options, pad_id, longest_row)
         self.join = join
 
     def padded(self, examples: Sequence[ChatExample]) -> Batch:

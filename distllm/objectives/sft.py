@@ -26,8 +26,8 @@ class SFTOptions:
     """Strength of the uniform noise on the input embeddings in training (NEFTune; 5 to 15 are usual); 0 is none. Larger
     keeps the model from learning the answers' wording by heart."""
     pack: bool | None = free(None)
-    """Lay several short dialogues of a micro-batch into one row as wide as its longest, with attention and positions that
-    restart in each: less padding, the same loss and gradient. null: where the architecture does so without a detour and
+    """Lay several short dialogues of a micro-batch into one row (of at most `train.seq_len`), with attention and positions
+    that restart in each: less padding, the same loss and gradient. null: where the architecture does so without a detour and
     nothing is counted by row. A larger `train.micro_batch_size` fills rows better."""
 
 
@@ -37,6 +37,10 @@ class SFT(CLM):
 
     Options = SFTOptions
     records = "dialogues"
+
+    def __init__(self, options: Any, pad_id: int, longest_row: int = 0) -> None:
+        super().__init__(options, pad_id)
+        self.longest_row = longest_row
 
     def loss(self, model: Model, batch: Batch) -> LossOutput:
         """Sum the losses; in training the embeddings are noisy if so set."""
@@ -49,7 +53,7 @@ class SFT(CLM):
         """Lay dialogues out, several to a row if so set."""
         batch = self.padded(examples)
         batch.sample_ids = torch.tensor([e.sample_id for e in examples])
-        return pack_rows(batch, self.pad_id) if self.options.pack else batch
+        return pack_rows(batch, self.pad_id, self.longest_row) if self.options.pack else batch
 
     def padded(self, examples: Sequence[ChatExample]) -> Batch:
         """Pad dialogues on the right; masks come from lengths, never from token values."""

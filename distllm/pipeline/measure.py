@@ -52,8 +52,8 @@ def sft_objective(builder: Builder, model: Any) -> Any:
     options = replace(options, pack=packs_dialogues(config))
     cls = registry.get("objective", name)
     if name == "sft":
-        return cls(options, pad_id=builder.pad_id)
-    return cls(options, builder.pad_id, model.join)
+        return cls(options, builder.pad_id, config.train.seq_len)
+    return cls(options, builder.pad_id, model.join, config.train.seq_len)
 
 
 def pair_dataset(builder: Builder, records: Any) -> Any:

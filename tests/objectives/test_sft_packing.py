@@ -81,10 +81,11 @@ def model_of(name):
 
 
 def objective_of(model, pack):
+    """Return the objective; packed rows may be up to 48 tokens wide, 8 more than the longest dialogue needs."""
     options = SFTOptions(pack=pack)
     if model.abilities.sft == "seq2seq":
-        return Seq2Seq(options, PAD_ID, model.join)
-    return SFT(options, PAD_ID)
+        return Seq2Seq(options, PAD_ID, model.join, 48)
+    return SFT(options, PAD_ID, 48)
 
 
 def step(model, pack, split=(12,)):
@@ -168,6 +169,17 @@ def test_every_token_and_label_is_there_once():
     assert sorted(found) == sorted(wanted)
     filled = int((batch.segment_ids != 0).sum()) / batch.segment_ids.numel()
     assert filled > 0.93
+
+
+def test_rows_are_wider_where_that_saves_padding_and_never_beyond_the_limit():
+    """Beside one of 40 tokens, four of 24 need a row each; with 48 columns two of them share one."""
+    examples = [ChatExample([5] * n, [True] * n, i) for i, n in enumerate((25, 41, 25, 25, 25))]
+
+    def shape(limit):
+        return tuple(SFT(SFTOptions(pack=True), PAD_ID, limit).collate(examples).input_ids.shape)
+
+    assert shape(0) == shape(47) == (5, 40)
+    assert shape(48) == shape(1000) == (3, 48)
 
 
 def test_rows_that_cannot_be_joined_stay_padded():
