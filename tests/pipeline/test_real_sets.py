@@ -84,8 +84,18 @@ def whole(tmp_path, monkeypatch, *overrides):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(5400)
 def test_a_decoder_learns_shakespeare_as_well_as_nanogpt(tmp_path, monkeypatch):
     shared("tinyshakespeare", "input.txt")
     metrics = whole(tmp_path, monkeypatch, "experiment=shakespeare_char")
     assert metrics["baseline/kneser_ney_7"] < 1.52
     assert metrics["after/loss"] <= 1.88
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(5400)
+def test_an_encoder_decoder_learns_scan(tmp_path, monkeypatch):
+    shared("scan", "train.txt")
+    metrics = whole(tmp_path, monkeypatch, "experiment=scan_sft", "train.num_eval_samples=4182")
+    assert metrics["before/exact_match"] < 0.01
+    assert metrics["after/exact_match"] > 0.95
