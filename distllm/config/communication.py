@@ -104,10 +104,11 @@ def transfers(
             Transfer("scatter gradients", "reduce_scatter", reduce_bytes * trained_block, layers * calls,
                      shard, stride, "backward", True)
         )  # fmt: skip
-        found.append(
-            Transfer("scatter the embedding's gradient", "reduce_scatter", reduce_bytes * trained_rest, calls,
-                     shard, stride, "backward", False)
-        )  # fmt: skip
+        if trained_rest:
+            found.append(
+                Transfer("scatter the embedding's gradient", "reduce_scatter", reduce_bytes * trained_rest,
+                         calls, shard, stride, "backward", False)
+            )  # fmt: skip
     elif stage == 1:
         found.append(
             Transfer("scatter gradients", "reduce_scatter",

@@ -138,6 +138,13 @@ def test_every_class_of_bytes_is_predicted(name):
     compare(predicted(CASES[name]), track(CASES[name]).peaks, tolerance=0.01)
 
 
+ADAPTERS_ON_TWO = {
+    "ddp": Case(shape=DEFAULT, engine="ddp", world_size=2, adapter_rank=4),
+    "fsdp": Case(shape=DEEP, engine="fsdp", world_size=2, adapter_rank=4),
+    "fsdp, accumulated": Case(
+        shape=DEEP, engine="fsdp", world_size=2, precision="bf16", accum=2, adapter_rank=4
+    ),
+}
 IN_4_BITS = Case(shape={**DEFAULT, "vocab_size": 512}, adapter_rank=4, base_bits=4)
 ADAPTERS = {
     "fp32": Case(shape=DEFAULT, adapter_rank=8),
@@ -177,9 +184,10 @@ def test_weights_in_4_bits_are_planned_as_such():
     [
         ON_TWO,
         pytest.param(MORE_ON_TWO, marks=pytest.mark.slow),
+        pytest.param(ADAPTERS_ON_TWO, marks=pytest.mark.slow),
         pytest.param(ON_FOUR, marks=pytest.mark.slow),
     ],
-    ids=["two", "two, rarer settings", "four"],
+    ids=["two", "two, rarer settings", "two, adapters", "four"],
 )
 def test_every_class_of_bytes_is_predicted_on_every_process(cases):
     count = next(iter(cases.values())).world_size
