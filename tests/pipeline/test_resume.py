@@ -26,6 +26,14 @@ HARD = [
 ]
 """Dropout, accumulation, warm-up, and cadences that do not fall together."""
 
+VARIED = [
+    "stage.reward=regex",
+    "stage.reward_pattern='[a-m]'",
+    "stage.reward_workers=1",
+    "stage.reward_timeout_s=120",
+]
+"""A reward that differs between responses: where all are equal nothing is learned."""
+
 STAGES = {
     "sft": ["stage=sft", *SKILLS],  # 24 samples, 8 a step: three steps an epoch
     "reward": ["stage=reward", *SKILLS],
@@ -36,6 +44,7 @@ STAGES = {
         "stage.target_kl=0.01",
         "stage.kl_horizon=100",
         "stage.value_warmup_steps=2",
+        *VARIED,
     ],
     "grpo": [
         "stage=grpo",
@@ -43,6 +52,7 @@ STAGES = {
         "stage.num_samples=4",
         "stage.kl_coef=0.1",
         "stage.num_epochs=3",
+        *VARIED,
     ],
 }
 

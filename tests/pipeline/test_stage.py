@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from test_resume import VARIED
 
 from distllm.arch.io import load_model
 from distllm.rl.environments.calculator import Calculator
@@ -66,7 +67,14 @@ def test_the_record_says_where_a_model_comes_from(tmp_path, parent):
 def test_metrics_and_result_have_the_promised_names(tmp_path, parent):
     run_tiny(
         tmp_path / "run",
-        ["stage=ppo", *SKILLS, "train.max_steps=4", "train.log_every_steps=2", f"model='{parent}'"],
+        [
+            "stage=ppo",
+            *SKILLS,
+            *VARIED,
+            "train.max_steps=4",
+            "train.log_every_steps=2",
+            f"model='{parent}'",
+        ],
     )
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     trained = next(x for x in lines if "train/loss" in x)
