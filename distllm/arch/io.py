@@ -66,7 +66,8 @@ def load_model(
     if _is_wrapped(read_config(folder), arch):
         from distllm.arch import auto
 
-        model, line = auto.load(folder, head, dtype, seed, changes)
+        wrapped, line = auto.load(folder, head, dtype, seed, changes)
+        model: Any = wrapped
         config = read_config(folder)
         is_own = config.get("distllm_head") == model.head_name  # else transformers' placeholders
         model.label_names = _label_names(config, model.head_name) if is_own else []
@@ -170,7 +171,7 @@ def save_model(
             _write_model(aside, config, tensors)
         _write_texts(
             aside,
-            defaults | _generation_config(special, end_ids),
+            defaults | _generation_config(special, defaults, end_ids),
             _card(model, sum(t.numel() for t in state.values()), card),
         )
         if tokenizer is not None:
@@ -204,7 +205,10 @@ def read_tokenizer(folder: Path) -> Any:
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    for how in ("local_files_only", "is_local"):  # how it was read is nothing to write down
+        tokenizer.init_kwargs.pop(how, None)
+    return tokenizer
 
 
 def _family(config: Mapping[str, Any], folder: Path) -> Family:
@@ -311,12 +315,21 @@ def _special_ids(tokenizer: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
     return {key: getattr(tokenizer, key, None) for key in _SPECIAL}
 
 
-def _generation_config(special: Mapping[str, Any], end_ids: Sequence[int]) -> dict[str, Any]:
+def _generation_config(
+    special: Mapping[str, Any], defaults: Mapping[str, Any], end_ids: Sequence[int]
+) -> dict[str, Any]:
+    """Write the special ids; a response ends at the tokenizer's end, at those the model came with, and at `end_ids`."""
     known: dict[str, Any] = {key: value for key, value in special.items() if value is not None}
-    if end_ids:
-        own = known.get("eos_token_id", [])
-        known["eos_token_id"] = sorted({*end_ids, *(own if isinstance(own, list) else [own])})
+    ends = {*_listed(known.get("eos_token_id")), *_listed(defaults.get("eos_token_id")), *end_ids}
+    if len(ends) > 1 or end_ids:
+        known["eos_token_id"] = sorted(ends)
     return known
+
+
+def _listed(ids: int | list[int] | None) -> list[int]:
+    if ids is None:
+        return []
+    return ids if isinstance(ids, list) else [ids]
 
 
 def _write_model(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
