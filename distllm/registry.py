@@ -7,6 +7,7 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 from distllm.errors import ConfigError
 
@@ -23,14 +24,16 @@ FOLDERS = {
     "tracking": "distllm.tracking",
 }
 
+C = TypeVar("C", bound=type)
+
 _entries: dict[str, dict[str, type]] = {group: {} for group in FOLDERS}
 _discovered: set[str] = set()
 
 
-def register(group: str) -> Callable[[type], type]:
+def register(group: str) -> Callable[[C], C]:
     """Return a class decorator that files the class under `group` by the name of its module."""
 
-    def file_under(cls: type) -> type:
+    def file_under(cls: C) -> C:
         name = cls.__module__.rsplit(".", 1)[-1]
         known = _entries[group].get(name)
         if known is not None and known.__qualname__ != cls.__qualname__:

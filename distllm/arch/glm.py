@@ -73,6 +73,7 @@ class GLM(Stack):
         if head not in HEADS:
             raise ConfigError(unknown_name("head", head, HEADS))
         super().__init__(options, causal=True)
+        self.options: GLMOptions
         self.head_name = head
         self.embed = make_embedding(options)
         shape = options.max_seq_len + 1, options.d_model

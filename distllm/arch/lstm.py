@@ -258,9 +258,12 @@ class LSTM(nn.Module):
             return F.embedding(input_ids, weight * kept)
         return embed(self.embed, input_ids, inputs_embeds)
 
+    def _layers(self) -> list[LSTMLayer]:
+        return [layer for layer in self.layers if isinstance(layer, LSTMLayer)]
+
     def _start(self, cache: LSTMState | None, number: int, x: Tensor) -> State:
         """Return the state that layer `number` starts from, a row for each of `x`."""
-        width = self.layers[number].d_out
+        width = self._layers()[number].d_out
         if cache is None:
             zeros = x.new_zeros(len(x), width)
             return zeros, zeros
@@ -269,7 +272,7 @@ class LSTM(nn.Module):
 
     def _run_whole(self, x: Tensor, cache: LSTMState | None) -> Tensor:
         """Run rows without padding."""
-        for number, layer in enumerate(self.layers):
+        for number, layer in enumerate(self._layers()):
             x, state = layer(x, self._start(cache, number, x))
             if cache is not None:
                 cache.write(number, state)
@@ -282,16 +285,16 @@ class LSTM(nn.Module):
         pieces = _cut(segments)
         y = x.new_zeros(len(pieces.lengths), int(pieces.lengths.max()), x.shape[-1])
         y = y.index_put((pieces.number, pieces.column), x.flatten(0, 1)[pieces.places])
-        for number, layer in enumerate(self.layers):
+        for number, layer in enumerate(self._layers()):
             before = self._start(cache, number, x)
             y, state = layer(y, tuple(s[pieces.row] for s in before), pieces.lengths)
             if cache is not None:
                 # The state behind a row's last piece remains.
-                after = tuple(
+                hidden, cell = (
                     old.index_copy(0, pieces.row[pieces.is_last], new[pieces.is_last])
                     for old, new in zip(before, state, strict=True)
                 )
-                cache.write(number, after)
+                cache.write(number, (hidden, cell))
             y = self._drop(y, layer.dropout)
         out = y.new_zeros(batch * seq, y.shape[-1])
         out = out.index_put((pieces.places,), y[pieces.number, pieces.column])
@@ -341,7 +344,7 @@ class LSTM(nn.Module):
         self, batch_size: int, max_seq_len: int, dtype: torch.dtype, device: torch.device | str
     ) -> LSTMState:
         """Allocate the state of the recurrence."""
-        width = max(layer.d_out for layer in self.layers)
+        width = max(layer.d_out for layer in self._layers())
         return LSTMState(self.options.n_layers, batch_size, max_seq_len, width, dtype, device)
 
 

@@ -328,7 +328,7 @@ def dtype_of(module: nn.Embedding) -> torch.dtype:
     return compute_dtype(module.weight)
 
 
-def refuse(kind: str, **arguments: Tensor | None) -> None:
+def refuse(kind: str, **arguments: object) -> None:
     """Raise ValueError that names the arguments a `kind` of model was given but cannot use."""
     given = [name for name, value in arguments.items() if value is not None]
     if given:

@@ -104,13 +104,13 @@ def machine() -> dict[str, Any]:
     from distllm.engines.hardware import available_cores, has_native_bf16
     from distllm.engines.probe import backends
 
-    memory, libraries = available_bytes(), backends()
+    memory, libraries, shared = available_bytes(), backends(), shm_bytes()
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "cores for this process": available_cores(),
         "memory": _gib(memory) if memory else "unknown",
         "disk free here": _gib(shutil.disk_usage(Path.cwd()).free),
-        "shared memory": _gib(shm_bytes()) if shm_bytes() is not None else "none",
+        "shared memory": _gib(shared) if shared is not None else "none",
         "CPU instructions": torch.backends.cpu.get_cpu_capability(),
         "native bf16 on the CPU": "yes" if has_native_bf16(torch.device("cpu")) else "no",
         "CUDA of torch": torch.version.cuda or "none: a build for CPUs",

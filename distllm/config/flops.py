@@ -92,7 +92,7 @@ class ModelFlops:
 
     def per_token(self, row: int, *, causal_half: bool) -> float:
         """Count the operations per token of a full row in which every position has a label."""
-        sides = dict.fromkeys(("input", "decoder"), Side(1.0, row))
+        sides = {side: Side(1.0, row) for side in ("input", "decoder")}
         return self.count(sides, 1.0, causal_half=causal_half)
 
     def count(self, sides: dict[str, Side], labelled: float, *, causal_half: bool) -> float:

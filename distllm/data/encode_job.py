@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -71,7 +71,7 @@ def encode_in_order(
     dtype: np.dtype,
     num_workers: int,
     start_child: Callable[[], None],
-) -> Iterator[tuple[TextBatch, TokenBatch]]:
+) -> Generator[tuple[TextBatch, TokenBatch], None, None]:
     """Encode `batches` in `num_workers` processes, or in this one if that is 1; results come in the batches' order.
 
     `start_child` is called first in each process.

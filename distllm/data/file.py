@@ -41,7 +41,7 @@ from distllm.types import (
 
 _log = logging.getLogger("distllm")
 
-R = TypeVar("R", Document, Pair, Labelled, Tagged, Stepwise, Parallel)
+R = TypeVar("R", bound=Record)
 
 SERVED_BY: dict[type, tuple[str, ...]] = {
     Document: ("documents",),

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from distllm.errors import ConfigError, DataError
 
@@ -177,7 +177,7 @@ def parse_json(text: str) -> Any:
 def _open(file: Path) -> IO[bytes]:
     ending = file.suffix.lower()
     if ending == ".gz":
-        return gzip.open(file)
+        return cast("IO[bytes]", gzip.open(file))
     if ending == ".zst":
         import io
 

@@ -1,8 +1,20 @@
 """Which sample comes at which position of a run; the position itself is kept by the loop."""
 
+from typing import Protocol, TypeVar
+
 import numpy as np
 
 from distllm.errors import DataError
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Samples(Protocol[T_co]):
+    """Data by number: a list, or what encodes or reads a sample when it is asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> T_co: ...
 
 
 class Sampler:

@@ -57,7 +57,7 @@ def set_loss_kernel(model: torch.nn.Module, hardware: HardwareOptions, is_split:
     Raises:
         ConfigError: `hardware.loss` is unknown or cannot serve the model here.
     """
-    head = getattr(model, "head", None)
+    head: Any = getattr(model, "head", None)
     if hasattr(head, "loss_kernel"):
         device = resolve_device(hardware.device)
         check_loss_kernel(hardware.loss, device, is_plain=head.is_plain, is_split=is_split)

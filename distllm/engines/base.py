@@ -168,7 +168,8 @@ def build_engine(
     batch: BatchSizes | None = None,
 ) -> Engine:
     """Put `model` under the engine that `options.name` names; without `optim` it is frozen."""
-    engine, options = resolve(options)
+    kind, options = resolve(options)
+    engine: Callable[..., Engine] = kind  # each kind has the constructor of `native.py`
     choice = set_attention(model, hardware, precision, optim is not None)
     set_loss_kernel(model, hardware, shape_of(options, processes.world_size()).tp > 1)
     built = engine(

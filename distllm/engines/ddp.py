@@ -56,4 +56,5 @@ class DDP(NativeEngine):
         if isinstance(self.caller, DistributedDataParallel):
             # The reducer owns the process group too. If it outlives the group's end it is the last owner, and then waits,
             # with the interpreter's lock, for a thread of the group that waits for that lock (seen with torch 2.13).
-            self.caller.logger = self.caller.reducer = None
+            for own in ("logger", "reducer"):
+                setattr(self.caller, own, None)

@@ -362,7 +362,7 @@ def _library(device: torch.device) -> Any:
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning, "torch.distributed")
     if device.type == "cpu":
         # Nothing that we use needs compiled code, and the library would look for a compiler and start it.
-        vars(deepspeed.ops)["__compatible_ops__"] = defaultdict(bool)
+        deepspeed.ops.__dict__["__compatible_ops__"] = defaultdict(bool)
     if dist.group.WORLD is not _world:
         groups._release_process_group_references()
         deepspeed.init_distributed()

@@ -142,14 +142,14 @@ class FSDP(NativeEngine):
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         parts = [_local(g) for g in gradients]
         squares: dict[tuple[str, ...], Tensor] = {}
-        for gradient, norm in zip(gradients, torch._foreach_norm(parts), strict=True):
+        for gradient, norm in zip(gradients, torch._foreach_norm(parts), strict=True):  # pyright: ignore[reportPrivateImportUsage]
             axes = tuple(_dims(gradient))
             squares[axes] = squares.get(axes, 0.0) + norm.to(self.device).square()
         total = torch.stack([self._sum_over(axes, squares[axes]) for axes in sorted(squares)]).sum()
         norm = total.sqrt()
         if limit < float("inf"):
             factor = (limit / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(parts, factor.to(parts[0].device))
+            torch._foreach_mul_(parts, factor.to(parts[0].device))  # pyright: ignore[reportPrivateImportUsage]
         return norm
 
     def _sum_over(self, axes: tuple[str, ...], value: Tensor) -> Tensor:
@@ -261,11 +261,11 @@ def _dims(tensor: Tensor) -> dict[str, int]:
         return {}
     names = tensor.device_mesh.mesh_dim_names or ()
     # torch's strided shards (FSDP2 over tensor parallel) are no `Shard`, but have its `dim`.
-    return {
-        name: placement.dim
+    dims = {
+        name: getattr(placement, "dim", None)
         for name, placement in zip(names, tensor.placements, strict=True)
-        if hasattr(placement, "dim")
     }
+    return {name: dim for name, dim in dims.items() if dim is not None}
 
 
 def _assign(model: nn.Module, parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:

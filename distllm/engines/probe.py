@@ -15,13 +15,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.cuda.nccl import version as nccl_version
 
 _CHILD = "import sys; from distllm.engines.probe import child; child(*sys.argv[1:])"
 
 
 def backends() -> dict[str, str]:
     """Return the version of each communication library that this torch was built with; empty where it has none."""
-    nccl = torch.cuda.nccl.version() if dist.is_nccl_available() else ()
+    nccl = nccl_version() if dist.is_nccl_available() else ()
     return {
         "gloo": "built in" if dist.is_gloo_available() else "",
         "nccl": ".".join(map(str, nccl)),
@@ -77,7 +78,7 @@ def child(backend: str, store: str, rank: str, num_processes: str, timeout_s: st
     # A file to meet at: what is tried is the network between the processes, not a free port.
     dist.init_process_group(
         backend,
-        store=dist.FileStore(store, size),
+        store=dist.FileStore(store, size),  # pyright: ignore[reportPrivateImportUsage]
         rank=number,
         world_size=size,
         timeout=timedelta(seconds=float(timeout_s)),

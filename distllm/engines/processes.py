@@ -87,7 +87,8 @@ def _join(options: EngineOptions, device: torch.device) -> None:
     if on_gpu:
         device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
-    alone = {} if launched() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    alone = {} if launched() else {"store": store, "rank": 0, "world_size": 1}
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",

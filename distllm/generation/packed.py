@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,8 @@ def packed(model: nn.Module, dtype: torch.dtype, num_rows: int) -> Iterator[None
     """
     changed: list[tuple[nn.Module, str]] = []
     try:
-        for module in model.modules() if _is_supported(dtype) else ():
+        modules: list[Any] = list(model.modules()) if _is_supported(dtype) else []
+        for module in modules:
             if type(module) is nn.Linear:
                 name, weight = "forward", module.weight
             elif hasattr(module, "multiply"):

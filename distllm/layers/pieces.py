@@ -107,7 +107,9 @@ def run(
     if pieces.order_queries is not None:
         out = torch.zeros_like(q).index_copy(0, pieces.order_queries, out)
     if pieces.prefix is not None:
-        out = out.index_copy(0, pieces.prefix.order_queries, once(pieces.prefix, False))
+        order = pieces.prefix.order_queries
+        assert order is not None
+        out = out.index_copy(0, order, once(pieces.prefix, False))
     return out.view(shape)
 
 

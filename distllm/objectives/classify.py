@@ -52,6 +52,7 @@ class Classify:
 
     def loss(self, model: Model, batch: Batch) -> LossOutput:
         """Compare the verdicts with the classes."""
+        assert batch.classes is not None
         logits = class_logits(model, batch).float()
         loss = F.cross_entropy(
             logits, batch.classes, reduction="sum", label_smoothing=self.options.label_smoothing

@@ -105,9 +105,10 @@ class PairLoss:
         ref = (None, None) if batch.ref_sums is None else batch.ref_sums.to(sums.dtype).chunk(2)
         if self.needs_reference and batch.ref_sums is None:
             raise ValueError("the reference's log-probabilities are missing: call prepare first")
-        return Sides(
-            *sums.chunk(2), *lengths.chunk(2), batch.confidences.to(sums.dtype), ref[0], ref[1]
-        )
+        chosen, rejected = sums.chunk(2)
+        len_chosen, len_rejected = lengths.chunk(2)
+        confidences = batch.confidences.to(sums.dtype)
+        return Sides(chosen, rejected, len_chosen, len_rejected, confidences, ref[0], ref[1])
 
     def losses(self, sides: Sides) -> Tensor:
         """Return the loss of each pair, [pairs]."""

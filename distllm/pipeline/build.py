@@ -205,6 +205,7 @@ class Builder:
         if texts is None:
             name = "stdlib"
             texts = open_source(replace(config.data, name=name), config.run.seed).texts()
+            assert texts is not None
         _log.info("Training a tokenizer of %d on data=%s.", config.arch.vocab_size, name)
         aside = self.run_dir / ".tokenizer.tmp"
         shutil.rmtree(aside, ignore_errors=True)

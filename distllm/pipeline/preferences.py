@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from distllm import registry
-from distllm.data.datasets import Encoded, PairDataset, UnpairedDataset, UnpairedExample
+from distllm.data.datasets import PairDataset, UnpairedDataset, UnpairedExample
+from distllm.data.sampler import Samples
 from distllm.engines.base import Engine
 from distllm.engines.collectives import from_main, on_main
 from distllm.objectives.kto import KTO, baseline_of
@@ -34,7 +35,7 @@ _log = logging.getLogger("distllm")
 REFERENCE_FILE = "reference.safetensors"
 """What the reference says of the answers, below the run directory."""
 
-_DATASETS: dict[str, type[Encoded]] = {"pairs": PairDataset, "unpaired": UnpairedDataset}
+_DATASETS: dict[str, Any] = {"pairs": PairDataset, "unpaired": UnpairedDataset}
 
 
 def build(builder: Builder) -> Parts:
@@ -61,7 +62,7 @@ def build(builder: Builder) -> Parts:
         config.run.seed,
         reference=engines.get("reference"),
     )
-    measure = measure_pairs if isinstance(objective, PairLoss) else measure_unpaired
+    measure: Any = measure_pairs if isinstance(objective, PairLoss) else measure_unpaired
     return Parts(
         tokenizer=builder.tokenizer,
         data=builder.data,
@@ -74,7 +75,7 @@ def build(builder: Builder) -> Parts:
 
 
 def attach_reference(
-    builder: Builder, policy: Engine, objective: Any, train: Encoded, heldout: Encoded
+    builder: Builder, policy: Engine, objective: Any, train: Samples[Any], heldout: Samples[Any]
 ) -> Engine | None:
     """Give the samples what the reference says of them; return its engine if it is still needed. All ranks take part.
 
@@ -111,7 +112,7 @@ def attach_reference(
 
 
 def answer_logprobs(
-    engine: Engine, objective: Any, examples: Sequence[Any], batch_size: int, name: str = ""
+    engine: Engine, objective: Any, examples: Samples[Any], batch_size: int, name: str = ""
 ) -> Tensor:
     """Return the log-probabilities of each sample's answers, [samples, answers] float64. All ranks take part.
 
@@ -145,13 +146,21 @@ def measure_pairs(
     lengths = torch.tensor([[len(e.chosen_ids), len(e.rejected_ids)] for e in examples])
     confidences = torch.tensor([e.confidence for e in examples], dtype=torch.float64)
     known = [e.ref_logprobs for e in examples]
-    reference = (
-        torch.tensor(known, dtype=torch.float64).T if objective.needs_reference else [None] * 2
+    ref_chosen, ref_rejected = (
+        torch.tensor(known, dtype=torch.float64).T if objective.needs_reference else (None, None)
     )
 
     def measure() -> tuple[dict[str, Any], list[dict[str, Any]]]:
         now = answer_logprobs(engine, objective, examples, batch_size)
-        sides = Sides(*now.T, *lengths.T, confidences, *reference)
+        sides = Sides(
+            now[:, 0],
+            now[:, 1],
+            lengths[:, 0],
+            lengths[:, 1],
+            confidences,
+            ref_chosen,
+            ref_rejected,
+        )
         chosen, rejected = objective.rewards(sides)
         loss = objective.coefficients["pairs"] * objective.losses(sides).mean()
         if "sft" in objective.coefficients:
@@ -186,7 +195,7 @@ def measure_unpaired(
     """Loss, and how well the rewards tell good answers from bad ones."""
     examples = [heldout[i] for i in range(len(heldout))]
     good = torch.tensor([e.good for e in examples])
-    reference = torch.tensor([[e.ref_logprobs[0], e.ref_other] for e in examples]).double()
+    reference = torch.tensor([_of_reference(e) for e in examples]).double()
     has_other = torch.tensor([bool(e.other_ids) for e in examples])
 
     def measure() -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -237,3 +246,9 @@ def _accuracy_within_prompts(
         "eval/accuracy_high": high,
         "eval/num_pairs": float(len(margins)),
     }
+
+
+def _of_reference(example: UnpairedExample) -> tuple[float, float]:
+    """Return what the reference says of a sample's own answer and of the one to another prompt."""
+    assert example.ref_logprobs is not None and example.ref_other is not None
+    return example.ref_logprobs[0], example.ref_other

@@ -109,7 +109,7 @@ def _baselines(builder: Builder) -> dict[str, float]:
     """Measure n-gram models on the same tokens."""
     seq_len, tokenizer = builder.config.train.seq_len, builder.tokenizer
     rows = [text_rows(builder.data, tokenizer, seq_len, split) for split in ("train", "heldout")]
-    documents = [[d[:-1] for d in r.documents()] for r in rows]
+    train, heldout = ([d[:-1] for d in r.documents()] for r in rows)
     order = builder.config.stage.ngram_order
-    costs = ngram.baselines(*documents, len(tokenizer), tokenizer.eos_token_id, order)
+    costs = ngram.baselines(train, heldout, len(tokenizer), tokenizer.eos_token_id, order)
     return {f"baseline/{name}": nats for name, nats in costs.items()}

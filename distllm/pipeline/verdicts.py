@@ -136,7 +136,7 @@ def measure_tagged(builder: Builder, engine: Engine, names: Sequence[str]) -> Me
         metrics = evaluate_loss(engine, objective, examples, train.micro_batch_size)
         tokens = predict(engine, objective, examples, train.micro_batch_size, _tags)
         found = [_word_tags(examples[i], tags.tolist(), names) for i, tags in enumerate(tokens)]
-        right = [[names[t] for t in examples[i].tags] for i in range(len(examples))]
+        right = [[names[int(t)] for t in examples[i].tags] for i in range(len(examples))]
         hits = sum(
             p == r for f, g in zip(found, right, strict=True) for p, r in zip(f, g, strict=True)
         )

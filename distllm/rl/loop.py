@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from distllm.data.datasets import PromptExample
 from distllm.data.mixture import make_sampler
+from distllm.data.sampler import Samples
 from distllm.engines.base import Engine
 from distllm.engines.collectives import any_true, together
 from distllm.engines.processes import phase
@@ -77,7 +78,7 @@ class RolloutSource:
 
     def __init__(
         self,
-        prompts: Sequence[PromptExample],
+        prompts: Samples[PromptExample],
         engines: Mapping[str, Engine],
         algorithm: Algorithm,
         reward: Reward,
@@ -308,7 +309,7 @@ class RolloutSource:
         }
         return pack_rollouts([*self.rollouts, *self.spare, *self.fresh]), state
 
-    def load_state(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    def load_state(self, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
         """Take over what `state` returned."""
         self.ledger.load_state(state["ledger"])
         for name in ("phase", "num_rollouts", "num_rounds", "next_update", "pending"):

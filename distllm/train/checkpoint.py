@@ -93,7 +93,7 @@ class _Draft:
     shares: Mapping[str, Mapping[str, Tensor]]
     """File name -> the tensors that this rank writes into it."""
     state_text: bytes
-    manifest: Mapping[str, Any]
+    manifest: dict[str, Any]
     needed_bytes: int
     """Over all ranks."""
 
@@ -348,10 +348,8 @@ class Checkpoints:
 
 
 def _file_name(stem: str, rank: int, size: int) -> str:
-    if (
-        not SAFE_NAME.fullmatch(stem)
-        or _TENSOR_FILE.fullmatch(f"{stem}.safetensors")["stem"] != stem
-    ):
+    found = _TENSOR_FILE.fullmatch(f"{stem}.safetensors")
+    if not SAFE_NAME.fullmatch(stem) or found is None or found["stem"] != stem:
         raise ValueError(f"{stem!r} is not usable as the stem of a file name")
     return f"{stem}.safetensors" if size == 1 else f"{stem}-{rank:05d}-of-{size:05d}.safetensors"
 

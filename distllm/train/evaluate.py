@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distllm.data.datasets import PairExample, PromptExample
+from distllm.data.sampler import Samples
 from distllm.data.skills import exact_match
 from distllm.data.source import final_answer
 from distllm.engines.base import Engine
@@ -22,7 +23,7 @@ from distllm.types import Batch, LossOutput, Model, Objective, Rollout, sum_by_k
 
 
 def evaluate_loss(
-    engine: Engine, objective: Objective, examples: Sequence[Any], batch_size: int
+    engine: Engine, objective: Objective, examples: Samples[Any], batch_size: int
 ) -> dict[str, float]:
     """Return `eval/loss` = sum_k coef_k * loss_k / weight_k over all examples, and the objective's metrics."""
     parts = []

@@ -51,7 +51,7 @@ class Source(Protocol):
         """Return what the source needs to go on: tensors, and the rest as JSON."""
         ...
 
-    def load_state(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    def load_state(self, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
         """Take over what `state` returned."""
         ...
 

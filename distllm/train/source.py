@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from distllm.data.mixture import make_sampler
+from distllm.data.sampler import Samples
 from distllm.engines.base import Engine
 from distllm.engines.collectives import together
 from distllm.optim.constant import Constant
@@ -22,7 +23,7 @@ class SampleSource:
 
     def __init__(
         self,
-        dataset: Sequence[Any],
+        dataset: Samples[Any],
         engine: Engine,
         objective: Objective,
         schedule: Constant,
@@ -57,7 +58,7 @@ class SampleSource:
         """Return the position in the data."""
         return {}, self.ledger.state()
 
-    def load_state(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    def load_state(self, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
         """Take over what `state` returned."""
         self.ledger.load_state(state)
 

@@ -158,7 +158,8 @@ class WrappedCache:
 
     def drop_columns(self, num: int) -> None:
         """Drop the first `num` columns: padding in all rows."""
-        for layer in self._own.layers:
+        layers: list[Any] = self._own.layers
+        for layer in layers:
             layer.keys, layer.values = layer.keys[..., num:, :], layer.values[..., num:, :]
         self.length -= num
 
@@ -240,7 +241,8 @@ def repeated(model: nn.Module) -> list[nn.Module]:
 
 
 def _auto_of(config: Any) -> Any:
-    return dict(zip(KINDS, _autos(), strict=True))[kind_of(config)]
+    autos: dict[str, Any] = dict(zip(KINDS, _autos(), strict=True))
+    return autos[kind_of(config)]
 
 
 def _autos() -> tuple[Any, Any, Any]:

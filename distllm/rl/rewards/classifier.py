@@ -83,7 +83,8 @@ class Classifier:
 
     def _encode(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Batch:
         """Encode on the right side; what is too long loses its beginning, where the prompt is."""
-        limit = self.engine.model.options.max_seq_len  # type: ignore[union-attr]
+        model: Any = self.engine.model
+        limit: int = model.options.max_seq_len
         asked = [p.messages[-1]["content"] for p in prompts]
         if self.reads == "dialogue":
             said = [[*p.messages, _answer(t)] for p, t in zip(prompts, texts, strict=True)]

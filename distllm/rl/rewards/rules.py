@@ -6,6 +6,7 @@ import functools
 import json
 import re
 import urllib.request
+from typing import Any
 
 
 def regex(response: str, answer: str | None, pattern: str) -> float:
@@ -67,7 +68,7 @@ def _plain(text: str) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def _parse_gold(answer: str) -> tuple[object, ...]:
+def _parse_gold(answer: str) -> tuple[Any, ...]:
     from math_verify import parse
 
     return tuple(parse(answer, parsing_timeout=None))  # type: ignore[arg-type]
