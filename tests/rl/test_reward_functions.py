@@ -13,7 +13,7 @@ from patched import with_bug
 
 from distllm.errors import ConfigError
 from distllm.rl.options import RLOptions
-from distllm.rl.rewards import pool
+from distllm.rl.rewards import pool, rules
 from distllm.rl.rewards.base import RewardContext, build_reward, parse_reward
 from distllm.types import Prompt
 
@@ -167,6 +167,14 @@ def test_http_retries_and_gives_up(made):
         assert seen[0]["prompt"] == "??" and seen[0]["answer"] == "yes"
     finally:
         server.shutdown()
+
+
+@pytest.mark.parametrize("answer", ['{"score": 1}', '{"reward": null}', "[1]", "<html>", ""])
+def test_an_endpoint_that_gives_no_reward_is_quoted(answer):
+    with pytest.raises(ValueError, match=r"the endpoint answers .* instead of") as error:
+        rules._reward_in(answer.encode())
+    assert repr(answer) in str(error.value)
+    assert rules._reward_in(b'{"reward": "0.5", "why": "x"}') == 0.5
 
 
 @pytest.mark.parametrize(

@@ -42,18 +42,26 @@ def http(url: str, timeout_s: float, retries: int, **sample: object) -> float:
 
     Raises:
         OSError: every attempt failed.
-        KeyError: the answer holds no reward.
+        ValueError: the answer holds no reward.
     """
     data = json.dumps(sample).encode()
     for attempt in range(retries + 1):
         request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=timeout_s) as answer:
-                return float(json.load(answer)["reward"])
+                return _reward_in(answer.read())
         except OSError:
             if attempt == retries:
                 raise
     raise AssertionError("unreachable")
+
+
+def _reward_in(answer: bytes) -> float:
+    try:
+        return float(json.loads(answer)["reward"])
+    except (ValueError, KeyError, TypeError):
+        said = answer[:100].decode("utf-8", "replace")
+        raise ValueError(f'the endpoint answers {said!r} instead of {{"reward": NUMBER}}') from None
 
 
 def _last(text: str, pattern: str) -> str | None:
