@@ -19,7 +19,7 @@ from distllm.generation.generate import generate
 from distllm.generation.noise import derive_seed
 from distllm.generation.rollouts import spread
 from distllm.pipeline.build import Builder
-from distllm.pipeline.lineage import describe_lineage
+from distllm.pipeline.lineage import describe_lineage, describe_origin
 from distllm.pipeline.session import session
 from distllm.pipeline.stage import read_result
 from distllm.tracking.progress import progress
@@ -51,7 +51,7 @@ def collect_pairs(config: Config, num_samples: int = 2) -> dict[str, Any]:
         seed_all(config.run.seed, collectives.rank())
         builder = Builder(config, folder)
         engine = builder.engine("policy", builder.model("lm", dropout=False), trained=False)
-        lineage = describe_lineage(config, builder, {"policy": str(config.model)})
+        lineage = describe_lineage(config, describe_origin(builder), {"policy": str(config.model)})
         # Each policy gets noise of its own, so that a further round does not repeat the draws of the last.
         seed = derive_seed(config.run.seed, int((lineage["parent"]["sha256"] or "0")[:8], 16))
         metrics: dict[str, Any] = {}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import distllm
 from distllm.config.schema import Config
 from distllm.data.tokenizer import tokenizer_fingerprint
 from distllm.pipeline.build import Builder
@@ -16,12 +18,32 @@ from distllm.train.files import hash_file
 PACKAGES = ("distllm", "torch", "transformers", "tokenizers", "hydra-core")
 
 
-def describe_lineage(config: Config, builder: Builder, models: Mapping[str, str]) -> dict[str, Any]:
+def describe_origin(builder: Builder) -> dict[str, str]:
+    """Return the hashes that a checkpoint keeps: of data, tokenizer and code."""
+    return {
+        "data": builder.data.fingerprint(),
+        "tokenizer": tokenizer_fingerprint(builder.tokenizer),
+        "code": code_hash(),
+    }
+
+
+def code_hash() -> str:
+    """Return the SHA-256 of this package's Python files."""
+    digest = hashlib.sha256()
+    root = Path(distllm.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)} {hash_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def describe_lineage(
+    config: Config, origin: Mapping[str, str], models: Mapping[str, str]
+) -> dict[str, Any]:
     """Return the record that is written to `lineage.json`.
 
     Args:
         config: of the stage.
-        builder: has the data and the tokenizer.
+        origin: hashes of data and tokenizer.
         models: role -> directory of each model that the stage started from or used.
     """
     parents = {
@@ -34,9 +56,9 @@ def describe_lineage(config: Config, builder: Builder, models: Mapping[str, str]
         "data": {
             "name": config.data.name,
             "path": config.data.path,
-            "fingerprint": builder.data.fingerprint(),
+            "fingerprint": origin["data"],
         },
-        "tokenizer": tokenizer_fingerprint(builder.tokenizer),
+        "tokenizer": origin["tokenizer"],
         "seed": config.run.seed,
         "versions": {"python": platform.python_version(), **_versions()},
     }

@@ -28,7 +28,7 @@ from distllm.engines.processes import note_step, phase
 from distllm.errors import CheckpointError
 from distllm.pipeline import reinforcement, supervised
 from distllm.pipeline.build import Builder, Parts
-from distllm.pipeline.lineage import describe_lineage, model_hash
+from distllm.pipeline.lineage import describe_lineage, describe_origin, model_hash
 from distllm.pipeline.session import leave_stopped, session
 from distllm.tracking.base import Tracker, make_trackers
 from distllm.tracking.progress import progress
@@ -123,10 +123,21 @@ def _train(
         config.train.keep_last,
         background=config.train.async_save,
         wait_s=config.engine.long_timeout_s,
+        fallback=config.train.checkpoint_fallback,
     )
     checkpoints.clean()
     trained = {role: parts.engines[role] for role in parts.trained}
-    state = RunState(checkpoints, trained, tracker.state, notes, config.run.seed)
+    with phase("load"):
+        origin = collectives.from_main(lambda: describe_origin(builder))
+    state = RunState(
+        checkpoints,
+        trained,
+        tracker.state,
+        notes,
+        origin,
+        config.train.allow_other_data,
+        config.run.seed,
+    )
     main = trained[parts.trained[0]]
     watch = Watch(tracker, is_main=main.ranks.is_main, max_steps=config.train.max_steps)
 
@@ -148,6 +159,28 @@ def _train(
         # A failed save in the background stops the run too: the last save, which all ranks make, says why.
         return collectives.any_true(stop.requested or checkpoints.has_failed)
 
+    def roll_back(loop: Loop) -> bool:
+        count, failed_at = loop.num_rollbacks + 1, loop.step + 1
+        if count > config.train.max_rollbacks:
+            return False
+        checkpoints.wait()
+        _, handed_out = loop.source.state()
+        tracked = state.restore(loop)
+        if tracked is None:
+            return False
+        loop.source.pass_over(handed_out)
+        loop.num_rollbacks = count
+        tracker.restore(tracked, loop.step)
+        bar.advance(loop.step - failed_at + 1)
+        _log.warning(
+            "Step %d was not finite once too often: back to step %d, without the data since (rollback %d of %d).",
+            failed_at,
+            loop.step,
+            count,
+            config.train.max_rollbacks,
+        )
+        return True
+
     loop = Loop(
         options=config.train,
         stage=stage,
@@ -156,6 +189,7 @@ def _train(
         evaluate=lambda step: _scalars(measure("train", step)),
         save=save,
         stop_requested=stop_requested,
+        roll_back=roll_back,
         progress=lambda step, shown: bar.advance(1, **_shown(shown)),
     )
     model: Any = main.model
@@ -198,7 +232,10 @@ def _train(
     }
     with phase("export"):
         weights = merged(model, main.export())
-        collectives.on_main(lambda: _export(config, folder, builder, parts, model, weights, result))
+        lineage = describe_lineage(config, origin, parts.parents)
+        collectives.on_main(
+            lambda: _export(folder, lineage, builder, parts, model, weights, result)
+        )
     return StageResult(True, folder, metrics)
 
 
@@ -214,8 +251,8 @@ def _check_base(config: Config, notes: dict[str, Any]) -> None:
 
 
 def _export(
-    config: Config,
     folder: Path,
+    lineage: dict[str, Any],
     builder: Builder,
     parts: Parts,
     model: Any,
@@ -223,7 +260,6 @@ def _export(
     result: dict[str, Any],
 ) -> None:
     """Write the model, where it comes from, and, last, what it reached."""
-    lineage = describe_lineage(config, builder, parts.parents)
     save_model(model, parts.tokenizer, folder / "model", state=weights, end_ids=builder.end_ids)
     atomic_write_json(folder / "lineage.json", lineage)
     atomic_write_json(folder / "result.json", result)

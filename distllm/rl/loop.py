@@ -319,3 +319,10 @@ class RolloutSource:
         self.rollouts, self.spare, self.fresh = (
             [next(everything) for _ in range(count)] for count in state["counts"]
         )
+
+    def pass_over(self, state: dict[str, Any]) -> None:
+        """Go on behind the prompts that had been handed out when `state` was taken, with new responses."""
+        self.ledger.pass_over(self.sampler, state["ledger"]["position"])
+        self.num_rollouts = state["num_rollouts"]
+        self.rollouts, self.fresh, self.spare, self.pending = [], [], [], {}
+        self.next_update, self.num_rounds, self.phase = 0, 0, "sample"

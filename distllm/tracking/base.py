@@ -31,7 +31,7 @@ class Tracker(Protocol):
     def restore(self, state: Mapping[str, Any], step: int) -> None:
         """Forget everything recorded after `state` was taken, at `step`.
 
-        Call it before the first `log`. `restore({}, 0)` clears what a run that never saved left behind.
+        Call it before the first `log`, and again where a run returns to a checkpoint. `restore({}, 0)` clears what a run that never saved left behind.
         """
         ...
 

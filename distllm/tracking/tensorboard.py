@@ -46,6 +46,7 @@ class TensorboardTracker:
 
     def restore(self, state: Mapping[str, Any], step: int) -> None:
         """Have TensorBoard hide everything after `step`."""
+        self.close()
         self._purge_step = step + 1 if step else 0
 
     def close(self) -> None:

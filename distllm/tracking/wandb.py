@@ -76,6 +76,9 @@ class WandbTracker:
 
     def restore(self, state: Mapping[str, Any], step: int) -> None:
         """Take up the run of `state` and rewind it to `step`."""
+        if self._run is not None:
+            self._guard(self._run.finish)
+            self._run = None
         file = self.run_dir / "wandb" / "run_id"
         if "run_id" in state:
             file.parent.mkdir(parents=True, exist_ok=True)

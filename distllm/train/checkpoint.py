@@ -48,8 +48,11 @@ from distllm.train.tensor_files import Named, StoredTensors, refuse_non_finite, 
 
 _STEP_DIR = re.compile(r"step_(\d{8,})")
 _DEBRIS = re.compile(r"\.(step_\d{8,})\.(tmp|old|trash)")
-
 _TENSOR_FILE = re.compile(r"(?P<stem>.+?)(-\d{5,}-of-\d{5,})?\.safetensors")
+
+_NO_FALLBACK = (
+    "Restore it, or set train.checkpoint_fallback=true to go on from the checkpoint before."
+)
 
 _log = logging.getLogger("distllm")
 
@@ -133,6 +136,7 @@ class Checkpoints:
         keep_last: int = 2,
         background: bool = False,
         wait_s: float = 1800,
+        fallback: bool = True,
     ) -> None:
         """Keep the newest `keep_last` checkpoints of `folder`.
 
@@ -141,6 +145,7 @@ class Checkpoints:
             keep_last: at least 1.
             background: `save` returns as soon as the tensors are copied; files are written while training goes on.
             wait_s: how long a background save waits for the files of the other ranks.
+            fallback: whether `latest` passes over a damaged checkpoint.
         """
         if keep_last < 1:
             raise ConfigError(
@@ -149,6 +154,7 @@ class Checkpoints:
         self.folder = Path(folder)
         self.keep_last = keep_last
         self.wait_s = wait_s
+        self.fallback = fallback
         self._runs_behind = background
         self._pending: Background | None = None
 
@@ -263,7 +269,7 @@ class Checkpoints:
         A damaged one is named in a warning and passed over. Call `clean` first.
 
         Raises:
-            CheckpointError: there are checkpoints but all are damaged, or the newest needs newer code.
+            CheckpointError: all of them are damaged, or the newest is and there is no `fallback`, or needs newer code.
         """
         found = collectives.from_main(self._newest)
         if found is None:
@@ -276,6 +282,8 @@ class Checkpoints:
             try:
                 manifest = verify(path)
             except Damaged as damage:
+                if not self.fallback:
+                    raise CheckpointError(f"{damage}. {_NO_FALLBACK}") from damage
                 problems.append(str(damage))
                 _log.warning("Damaged checkpoint passed over: %s", damage)
                 continue

@@ -55,6 +55,14 @@ class Source(Protocol):
         """Take over what `state` returned."""
         ...
 
+    def pass_over(self, state: dict[str, Any]) -> None:
+        """Leave out what had been handed out when `state` was taken, later than the present one."""
+        ...
+
+
+class NotFinite(EngineError):
+    """More steps had a loss or gradient that is not finite than may be skipped. The weights are finite."""
+
 
 @dataclass(slots=True)
 class Loop:
@@ -72,9 +80,12 @@ class Loop:
     """Whether to stop before the next step; every rank gets the same answer."""
     progress: Callable[[int, dict[str, float]], None]
     """Move the progress line."""
+    roll_back: Callable[[Loop], bool] = lambda loop: False
+    """Put back the last checkpoint, and pass over the data since; False when that is not possible, or was tried enough."""
     step: int = 0
     """Finished optimizer steps."""
     num_skipped: int = 0
+    num_rollbacks: int = 0
     meters: Meters = field(default_factory=Meters)
 
     def run(self) -> bool:
@@ -86,12 +97,17 @@ class Loop:
             if handed is None:
                 break
             (work, metrics), handed_at = handed, time.monotonic()
-            for part in work:
-                lr = part.lr * part.schedule.ratio(self.step)
-                result = optimizer_step(part.engine, part.objective, part.micro_batches, lr)
-                self._guard(part, result)
-                metrics |= self._named(part, result)
-                tokens = tokens or result.num_tokens
+            try:
+                for part in work:
+                    lr = part.lr * part.schedule.ratio(self.step)
+                    result = optimizer_step(part.engine, part.objective, part.micro_batches, lr)
+                    self._guard(part, result)
+                    metrics |= self._named(part, result)
+                    tokens = tokens or result.num_tokens
+            except NotFinite:
+                if not self.roll_back(self):
+                    raise
+                continue
             self.step += 1
             metrics["time/update_s"] = time.monotonic() - handed_at
             self.meters.add(metrics, work, tokens, time.monotonic() - started)
@@ -110,11 +126,11 @@ class Loop:
         """Count a skipped step, and stop when there are too many."""
         self.num_skipped += result.skipped
         if result.skipped and self.num_skipped > self.options.max_skipped_steps:
-            raise EngineError(
+            raise NotFinite(
                 f"Step {self.step + 1} of the {part.engine.role}: non-finite loss ({result.loss}) or gradient on "
                 f"samples {sample_ids(part.micro_batches)[:32]}; the weights were not touched. {self.num_skipped} "
                 f"steps were skipped and train.max_skipped_steps={self.options.max_skipped_steps}. Look at these "
-                "samples, lower optim.lr, or raise train.max_skipped_steps."
+                "samples, lower optim.lr, or raise train.max_skipped_steps or train.max_rollbacks."
             )
 
     def _named(self, part: Work, result: StepResult) -> dict[str, float]:

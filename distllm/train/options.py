@@ -45,3 +45,10 @@ class TrainOptions:
     """Write checkpoints in the background: a step waits for the copy to host memory only, which must have room for it."""
     max_skipped_steps: int = free(0)
     """Steps with a non-finite loss or gradient that may be skipped before the run stops; 0 stops at the first."""
+    max_rollbacks: int = free(0)
+    """How often, instead of stopping for that reason, the run may return to its last checkpoint and pass over the data
+    that came since. The samples left out are noted in later checkpoints (`data_position`)."""
+    checkpoint_fallback: bool = free(True)
+    """Go on from the checkpoint before when the newest one is damaged; false stops, and names the damage."""
+    allow_other_data: bool = free(False)
+    """Go on from a checkpoint although data or tokenizer have changed since it was written; false stops, and names both."""

@@ -62,6 +62,10 @@ class SampleSource:
         """Take over what `state` returned."""
         self.ledger.load_state(state)
 
+    def pass_over(self, state: dict[str, Any]) -> None:
+        """Go on behind the samples that had been handed out when `state` was taken."""
+        self.ledger.pass_over(self.sampler, state["position"])
+
 
 def _groups(examples: list[Any], size: int, dataset: Any) -> list[list[Any]]:
     """Cut a step's samples into micro-batches of `size`.

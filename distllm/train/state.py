@@ -7,6 +7,7 @@ only the generators start anew (dropout draws other noise).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +15,14 @@ from typing import Any
 from distllm.engines import collectives
 from distllm.engines.base import Engine
 from distllm.engines.processes import phase
+from distllm.errors import CheckpointError
 from distllm.generation.noise import derive_seed
-from distllm.train.checkpoint import Checkpoints
+from distllm.train.checkpoint import Checkpoints, Loaded
 from distllm.train.loop import Loop
 from distllm.train.rng import rng_state, seed_all, set_rng_state
 from distllm.train.tensor_files import Named
+
+_log = logging.getLogger("distllm")
 
 
 @dataclass(slots=True)
@@ -31,11 +35,19 @@ class RunState:
     tracker_state: Callable[[], dict[str, Any]]
     notes: dict[str, Any]
     """JSON that the stage keeps, such as the metrics before training."""
+    origin: dict[str, str]
+    """Hashes of what the run rests on, by name; `code` may change on the way, the rest should not."""
+    allow_other_data: bool = False
+    """Whether the rest may change too."""
     seed: int = 0
     """Of the run; seeds the generators where no saved state fits."""
 
     def save(self, loop: Loop) -> None:
         """Write a checkpoint of the loop as it stands between two steps."""
+        with phase("save"):
+            self._save(loop)
+
+    def _save(self, loop: Loop) -> None:
         source_tensors, source_state = loop.source.state()
         tensors: dict[str, Named] = {role: engine.state() for role, engine in self.engines.items()}
         generators = enumerate(collectives.gather_tensors(rng_state()))
@@ -45,27 +57,34 @@ class RunState:
         state = {
             "step": loop.step,
             "num_skipped": loop.num_skipped,
+            "num_rollbacks": loop.num_rollbacks,
             "data_position": loop.source.ledger.state(),
             "source": source_state,
             "meters": loop.meters.state(),
             "tracker": self.tracker_state(),
             "notes": self.notes,
+            "origin": self.origin,
         }
-        with phase("save"):
-            self.checkpoints.save(loop.step, tensors, state, self._world())
+        self.checkpoints.save(loop.step, tensors, state, self._world())
 
     def restore(self, loop: Loop) -> dict[str, Any] | None:
-        """Load the newest good checkpoint into the loop; return the tracker's state, or None without a checkpoint."""
+        """Load the newest good checkpoint into the loop; return the tracker's state, or None without a checkpoint.
+
+        Raises:
+            CheckpointError: it rests on other data, or on another tokenizer.
+        """
         with phase("load"):
             found = self.checkpoints.latest()
             if found is None:
                 return None
+            self._compare(found)
             for role, engine in self.engines.items():
                 engine.load_state(found.tensors(role))
         state = found.state
         source_tensors = found.tensors("source") if "source" in found.stems else {}
         loop.source.load_state(source_tensors, state["source"])
         loop.step, loop.num_skipped = state["step"], state["num_skipped"]
+        loop.num_rollbacks = state.get("num_rollbacks", 0)
         loop.meters.load_state(state["meters"])
         self.notes.clear()
         self.notes.update(state["notes"])
@@ -79,6 +98,25 @@ class RunState:
         else:
             seed_all(derive_seed(self.seed, loop.step), collectives.rank())
         return state["tracker"]
+
+    def _compare(self, found: Loaded) -> None:
+        """Say what the run rests on now that it did not when the checkpoint was written."""
+        there = found.state.get("origin", {})  # older checkpoints have none
+        changed = {k: v for k, v in self.origin.items() if there.get(k, v) != v}
+        if changed.pop("code", None):
+            _log.warning(
+                "%s was written by other code: what follows may differ from what that code would have done.",
+                found.path,
+            )
+        if not changed:
+            return
+        listed = "\n".join(f"  {k}: {there[k]} there, {v} now" for k, v in changed.items())
+        if not self.allow_other_data:
+            raise CheckpointError(
+                f"{found.path} rests on other data:\n{listed}\nRestore the data, set another run.dir, or set "
+                "train.allow_other_data=true to go on with what there is now."
+            )
+        _log.warning("%s rests on other data, and goes on as allowed:\n%s", found.path, listed)
 
     def _world(self) -> dict[str, Any]:
         ranks = next(iter(self.engines.values())).ranks

@@ -1,10 +1,11 @@
 """The toy run of the fault tests, and how two of them are compared."""
 
+import hashlib
 import json
 import shutil
 
 from distllm.testing.stages import TINY, timeless_metrics, weights_hash
-from distllm.train.manifest import verify
+from distllm.train.manifest import encode, sealed, verify
 
 NUM_STEPS = 12
 SETTINGS = [
@@ -59,6 +60,22 @@ def state_of(run_dir, step):
     """Read a checkpoint's JSON."""
     path = run_dir / "checkpoints" / f"step_{step:08d}" / "state.json"
     return json.loads(path.read_text())
+
+
+def change_state(run_dir, step, change):
+    """Let `change` edit a checkpoint's JSON, and seal it again as if it had been written so."""
+    path = run_dir / "checkpoints" / f"step_{step:08d}"
+    state = state_of(run_dir, step)
+    change(state)
+    text = encode(state)
+    (path / "state.json").write_bytes(text)
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["sha256"]
+    manifest["data_position"] = state["data_position"]
+    digest = hashlib.sha256(text).hexdigest()
+    manifest["files"]["state.json"] = {"bytes": len(text), "sha256": digest}
+    (path / "manifest.json").write_bytes(sealed(manifest))
+    verify(path)
 
 
 def logged_steps(run_dir):

@@ -23,8 +23,9 @@ PLACES = (
     "weights",
     "read",
     "record",
+    "limits",
 )
-"""Where a fault may be; `save:PHASE` is a fault point of a checkpoint's writing."""
+"""Where a fault may be; `save:PHASE` is a fault point of a checkpoint's writing, `phase:NAME` the entry of a phase."""
 
 now = {"step": 0}
 """The step that is being made."""
@@ -35,7 +36,7 @@ def install(faults):
     if not faults:
         return
     for fault in faults:
-        assert fault["at"] in PLACES or fault["at"].startswith(("save:", "call:")), fault
+        assert fault["at"] in PLACES or fault["at"].startswith(("save:", "call:", "phase:")), fault
     _follow_steps()
     for fault in faults:
         at = fault["at"].partition(":")[0]
@@ -71,6 +72,7 @@ def _wrap(owner, name, make):
 
 
 def _follow_steps():
+    from distllm.rl.loop import RolloutSource
     from distllm.train.source import SampleSource
 
     def make(honest):
@@ -80,7 +82,8 @@ def _follow_steps():
 
         return next_step
 
-    _wrap(SampleSource, "next", make)
+    for source in (SampleSource, RolloutSource):
+        _wrap(source, "next", make)
 
 
 def _after_building(look):
@@ -295,6 +298,53 @@ def _in_record(fault):
     _wrap(os, "fsync", make_fsync)
     for name in ("rename", "replace"):
         _wrap(os, name, renaming(name))
+
+
+def _in_phase(fault):
+    """When this rank enters a phase that waits for others with a limit of its own."""
+    from distllm.engines import processes
+
+    name = fault["at"].partition(":")[2]
+
+    def make(honest):
+        def set_limit(seconds):
+            honest(seconds)
+            if processes._phase == name and _is_due(fault):
+                _happen(fault)
+
+        return set_limit
+
+    _wrap(processes, "_set_limit", make)
+
+
+def _in_limits(fault):
+    """Nothing goes wrong: each phase, and the limits that torch has then for all groups, go into the file `log`."""
+    import torch
+    from torch.distributed import distributed_c10d
+
+    from distllm.engines import collectives, processes
+
+    def note():
+        backends = [g._get_backend(torch.device("cpu")) for g in distributed_c10d._world.pg_map]
+        limits = [b.options._timeout.total_seconds() for b in backends]
+        with open(fault["log"], "a") as log:
+            log.write(json.dumps([processes._phase, limits]) + "\n")
+
+    def noting(when):
+        def make(honest):
+            def call(*args):
+                if when == "before":
+                    note()
+                honest(*args)
+                if when == "after":
+                    note()
+
+            return call
+
+        return make
+
+    _wrap(collectives, "barrier", noting("before"))  # where the ranks meet at the start
+    _wrap(processes, "_set_limit", noting("after"))
 
 
 def _path_of(what):

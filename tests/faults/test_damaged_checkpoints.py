@@ -5,7 +5,14 @@ import logging
 import shutil
 
 import pytest
-from fault_runs import check_equal, logged_steps, state_of, stopped_at
+from fault_runs import (
+    change_state,
+    check_equal,
+    logged_steps,
+    state_of,
+    stopped_at,
+    write_dialogues,
+)
 
 from distllm.errors import CheckpointError
 from distllm.train.checkpoint import Checkpoints
@@ -76,6 +83,10 @@ def test_f17_ranks_go_on_from_the_one_before(nursery, settings, oracle, tmp_path
     run_dir = stopped_at(oracle, tmp_path / "run", 6, 8)
     damaged = run_dir / "checkpoints/step_00000008/model-00001-of-00002.safetensors"
     flip(damaged, ())
+    with nursery.start(run_dir, *settings, "train.checkpoint_fallback=false") as job:
+        assert job.end() == [2, 2], job.text()
+        told = job.ranks[0].text
+    assert f"{damaged}: SHA-256 differs" in told and "checkpoint_fallback=true" in told, told
     with nursery.start(run_dir, *settings) as job:
         assert job.end() == [0, 0], job.text()
         told = job.ranks[0].text
@@ -123,6 +134,50 @@ def test_f19_a_checkpoint_of_a_newer_format_is_refused(oracle, tmp_path, monkeyp
     Checkpoints(tmp_path).save(3, {}, {"step": 3})
     with pytest.raises(CheckpointError, match="has format 99; this distllm reads up to"):
         Checkpoints(tmp_path).latest()
+
+
+@pytest.mark.slow
+def test_f19_data_that_changed_is_named_and_has_to_be_allowed(nursery, settings, tmp_path):
+    run_dir, there = tmp_path / "run", tmp_path / "data"
+    there.mkdir()
+    own = [*settings, *write_dialogues(there)]
+    with nursery.start(run_dir, *own, "train.max_steps=4") as job:
+        assert job.end() == [0, 0], job.text()
+    (run_dir / "result.json").unlink()
+    was = state_of(run_dir, 4)["origin"]["data"]
+    file = there / "train.jsonl"
+    file.write_text(file.read_text().replace("Say 3:", "Say 3 :"))
+    with nursery.start(run_dir, *own, "train.max_steps=6") as job:
+        assert job.end() == [2, 2], job.text()
+        told = job.ranks[0].text
+    assert "step_00000004 rests on other data:" in told and f"  data: {was} there, " in told, told
+    assert "train.allow_other_data=true" in told and logged_steps(run_dir) == [1, 2, 3, 4]
+    with nursery.start(run_dir, *own, "train.max_steps=6", "train.allow_other_data=true") as job:
+        assert job.end() == [0, 0], job.text()
+        assert "goes on as allowed" in job.ranks[0].text
+    assert logged_steps(run_dir) == [1, 2, 3, 4, 5, 6]
+    assert state_of(run_dir, 6)["origin"]["data"] != was
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["other code", "older"])
+def test_f19_a_checkpoint_of_other_code_goes_on_and_says_so(
+    nursery, settings, oracle, tmp_path, how
+):
+    """An older one does not say yet what it rests on, or how often the run went back."""
+
+    def change(state):
+        if how == "older":
+            del state["origin"], state["num_rollbacks"]
+        else:
+            state["origin"]["code"] = "0" * 64
+
+    run_dir = stopped_at(oracle, tmp_path / "run", 6)
+    change_state(run_dir, 6, change)
+    with nursery.start(run_dir, *settings) as job:
+        assert job.end() == [0, 0], job.text()
+        assert ("was written by other code" in job.ranks[0].text) == (how == "other code")
+    check_equal(run_dir, oracle)
 
 
 def losses_of(run_dir):

@@ -4,9 +4,21 @@ import signal
 
 import pytest
 import torch
-from fault_runs import NUM_STEPS, check_equal, check_tidy, logged_steps, saved_steps
+from fault_runs import (
+    NUM_STEPS,
+    change_state,
+    check_equal,
+    check_tidy,
+    logged_steps,
+    saved_steps,
+    state_of,
+    stopped_at,
+)
 
+from distllm.data.sampler import Sampler
+from distllm.testing.stages import SKILLS, TINY, weights_hash
 from distllm.train.checkpoint import Loaded
+from distllm.train.ledger import Ledger
 from distllm.train.manifest import verify
 
 pytestmark = pytest.mark.timeout(900)
@@ -49,6 +61,58 @@ def test_f23_too_many_stop_all_ranks_and_name_the_samples(nursery, settings, tmp
     told = job.ranks[0].text
     assert "Step 6 of the model: non-finite loss" in told and "max_skipped_steps=1" in told
     assert saved_steps(run_dir) == [2, 4]
+    check_tidy(run_dir)
+
+
+def test_f23_a_rollback_passes_over_the_data_since_the_last_checkpoint(
+    nursery, settings, oracle, tmp_path
+):
+    """Back from step 8 to 6; the next time the run stops. It ends as one that was told at step 6 to leave these out."""
+    run_dir, other = tmp_path / "run", stopped_at(oracle, tmp_path / "other", 6)
+    faults = [{"rank": 1, "at": "loss", "step": step, "do": "nan"} for step in (8, 11)]
+    with nursery.start(run_dir, *settings, "train.max_rollbacks=1", faults=faults) as job:
+        assert job.end() == [2, 2], job.text()
+        told = job.ranks[0].text
+    assert "Step 8 was not finite once too often: back to step 6" in told, told
+    assert "Step 11 of the model: non-finite loss" in told, told
+    with nursery.start(run_dir, *settings, "train.max_rollbacks=1") as job:
+        assert job.end() == [0, 0], job.text()
+
+    ledger, sampler = Ledger(), Sampler(24, 0)
+    for count in [8] * 6 + [16]:
+        ledger.take(sampler, count)
+
+    def leave_out(state):
+        state["num_rollbacks"] = 1
+        state["data_position"] = state["source"] = ledger.state() | {"passed_over": [[48, 64]]}
+
+    change_state(other, 6, leave_out)
+    with nursery.start(other, *settings) as job:
+        assert job.end() == [0, 0], job.text()
+    check_equal(run_dir, other)
+    assert logged_steps(run_dir) == list(range(1, NUM_STEPS + 1))
+    position = state_of(run_dir, NUM_STEPS)["data_position"]
+    assert (position["position"], position["passed_over"]) == (8 * (NUM_STEPS + 2), [[48, 64]])
+    assert weights_hash(run_dir) != weights_hash(oracle)
+
+
+@pytest.mark.slow
+def test_f23_a_rollback_in_rl_samples_anew(nursery, tmp_path):
+    """Two updates are made from each rollouts; the second of the second fails, and its rollouts are dropped."""
+    run_dir = tmp_path / "run"
+    grpo = [*TINY, *SKILLS, "stage=grpo", "stage.num_samples=4", "stage.rollout_batch_size=16"]
+    model = f"model='{nursery.folder / 'parent/model'}'"
+    every = ["train.max_steps=6", "train.save_every_steps=1", "train.log_every_steps=1"]
+    fault = {"rank": 1, "at": "loss", "step": 4, "do": "nan"}
+    more = ["engine=fsdp", "train.micro_batch_size=4", "train.max_rollbacks=1", "train.keep_last=9"]
+    with nursery.start(run_dir, *grpo, model, *every, *more, faults=[fault]) as job:
+        assert job.end() == [0, 0], job.text()
+        assert "Step 4 was not finite once too often: back to step 3" in job.ranks[0].text
+    assert logged_steps(run_dir) == list(range(1, 7))
+    # Steps 1 and 2, step 3, steps 4 and 5, step 6: four prompts each.
+    sources = [state_of(run_dir, step)["source"] for step in range(1, 7)]
+    assert [s["num_rollouts"] for s in sources] == [1, 1, 2, 3, 3, 4]
+    assert [s["ledger"]["position"] for s in sources] == [4, 4, 8, 12, 12, 16]
     check_tidy(run_dir)
 
 
