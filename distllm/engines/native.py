@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distllm import registry
+from distllm.engines import processes
 from distllm.engines.base import Engine
 from distllm.engines.hardware import resolve_device, resolve_precision
 from distllm.engines.memory import prepare_blocks
@@ -74,6 +75,7 @@ class NativeEngine(Engine):
         self.model = self._place(model)
         self.caller: nn.Module = self._wrap(Caller(self.model, self._autocast))
         self.optimizer: Any = None if optim is None else self._make_optimizer()
+        processes.renew_limit()
 
     def _place(self, model: nn.Module) -> nn.Module:
         """Put the model on the device and prepare its blocks."""

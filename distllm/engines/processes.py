@@ -110,15 +110,28 @@ def _join(options: EngineOptions, device: torch.device) -> None:
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Name what is going on, and wait for other ranks as long as that may take: all groups of this process."""
+    """Name what is going on, and wait for other ranks as long as that may take: all groups of this process.
+
+    All ranks enter, and meet at the end of a long phase: who is done first waits with its limit, not with the next one's.
+    """
     global _phase
     before, _phase = _phase, name
     _set_limit(_limits_s["long" if name in LONG_PHASES else "update"])
     try:
         yield
+        if name in LONG_PHASES and before not in LONG_PHASES:
+            collectives.barrier()
+    except BaseException as error:
+        vars(error).setdefault("phase", current_phase())
+        raise
     finally:
         _phase = before
         _set_limit(_limits_s["long" if before in LONG_PHASES else "update"])
+
+
+def renew_limit() -> None:
+    """Give groups that a library has made since the phase began its limit too; call it after building an engine."""
+    _set_limit(current_phase()[1])
 
 
 def note_step(step: int) -> None:
@@ -131,6 +144,11 @@ def current_phase() -> tuple[str, float]:
     """Return the name of the phase, with its step once there is one, and its time limit in seconds."""
     name = f"{_phase} of step {_step}" if _step else _phase
     return name, _limits_s["long" if _phase in LONG_PHASES else "update"]
+
+
+def phase_of(error: BaseException) -> tuple[str, float]:
+    """Return the innermost phase that `error` came out of, and its limit; where there is none, the present one's."""
+    return vars(error).get("phase") or current_phase()
 
 
 def lost_another(error: BaseException) -> bool:

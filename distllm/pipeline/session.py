@@ -49,7 +49,7 @@ def session(config: Config) -> Iterator[Path]:
     except Exception as error:
         _log.debug("Rank %d ends with an error.", rank, exc_info=True)
         if processes.lost_another(error):
-            phase, limit_s = processes.current_phase()
+            phase, limit_s = processes.phase_of(error)
             raise LostRankError(
                 f"rank {rank} lost another rank in phase {phase} (limit {limit_s:g} s): {error}. Which one failed "
                 f"first, and why, is in {run.path / 'logs'}; start again to go on from the last checkpoint."

@@ -80,6 +80,12 @@ def _groups(examples: list[Any], size: int, dataset: Any) -> list[list[Any]]:
 
 def _fetch(dataset: Any, places: Sequence[tuple[int, int]]) -> list[Any]:
     """Look samples up by (position in the run, number); a data set that draws noise is told the position."""
-    if hasattr(dataset, "draw"):
-        return [dataset.draw(number, position) for position, number in places]
-    return [dataset[number] for _, number in places]
+    found = []
+    for position, number in places:
+        try:
+            has_noise = hasattr(dataset, "draw")
+            found.append(dataset.draw(number, position) if has_noise else dataset[number])
+        except Exception as error:
+            error.add_note(f"That was sample {number} of the training data.")
+            raise
+    return found

@@ -207,6 +207,25 @@ def test_through_every_stage_of_zero_and_accelerate(start):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("arch", ["bert_tiny", "t5_tiny"])
+def test_encoders_and_encoder_decoders_cross_too(start, arch):
+    """Their own objectives, masked language modelling and span corruption: ZeRO-3, then FSDP, then one process."""
+    pytest.importorskip("deepspeed")
+    folder, _ = start
+    text = ["data=file", f"data.path='{folder / 'text.txt'}'", "arch.n_kv_heads=4"]
+    settings = [*COMMON, "stage=pretrain", f"arch={arch}", *text]
+    run = folder / arch / "relay"
+    run.parent.mkdir()
+    assert stretch(folder / arch / "whole", [*settings, *SINGLE])
+    assert relay(2, run, settings, (ZERO[3], 5)) == [False]
+    assert relay(2, run, settings, (FSDP, 4)) == [False]
+    assert stretch(run, [*settings, *SINGLE])
+    same_curve(folder / arch / "whole", run)
+    assert ledger(run) == ledger(folder / arch / "whole")
+    assert_one_format(run)
+
+
+@pytest.mark.slow
 def test_rollouts_in_use_go_along(start):
     """PPO with four updates a batch of rollouts: the stops fall between two of them, and between phases."""
     folder, settings = start

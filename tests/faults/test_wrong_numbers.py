@@ -133,7 +133,13 @@ def test_f10_a_reader_that_fails_on_one_rank_ends_all(nursery, settings, tmp_pat
     fault = {"rank": 1, "at": "read", "step": 4, "do": "raise", "text": "the shard went away"}
     with nursery.start(run_dir, *settings, faults=[fault]) as job:
         assert job.end() == [1, 1], job.text()
-    assert "the shard went away" in job.ranks[1].text.splitlines()[-1], job.text()
+    *_, error, sample = job.ranks[1].text.splitlines()
+    assert "the shard went away" in error, job.text()
+    ledger, sampler = Ledger(), Sampler(24, 0)
+    ids = [ledger.take(sampler, 8) for _ in range(4)][-1]
+    assert (
+        sample == f"That was sample {ids[1]} of the training data."
+    )  # the first of rank 1 in step 4
     assert saved_steps(run_dir) == [2]
     assert logged_steps(run_dir) == [1, 2, 3]
 
