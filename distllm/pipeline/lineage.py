@@ -9,7 +9,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import distllm
 from distllm.config.schema import Config
 from distllm.data.tokenizer import tokenizer_fingerprint
 from distllm.pipeline.build import Builder
@@ -30,7 +29,7 @@ def describe_origin(builder: Builder) -> dict[str, str]:
 def code_hash() -> str:
     """Return the SHA-256 of this package's Python files."""
     digest = hashlib.sha256()
-    root = Path(distllm.__file__).parent
+    root = Path(__file__).resolve().parents[1]
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root)} {hash_file(path)}\n".encode())
     return digest.hexdigest()
