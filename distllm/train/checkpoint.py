@@ -30,6 +30,7 @@ from distllm.train.files import (
     free_bytes,
     make_dirs,
     remove,
+    remove_quietly,
     sync_dir,
     write_file,
 )
@@ -208,7 +209,7 @@ class Checkpoints:
             collectives.on_main(lambda: self._finish(draft, files))
         except BaseException:
             if rank == 0:
-                _remove_quietly(draft.aside)
+                remove_quietly(draft.aside)
             raise
         return path
 
@@ -235,7 +236,7 @@ class Checkpoints:
                 self._finish(draft, collect_parts(draft.aside, size, self.wait_s))
         except BaseException:
             if rank == 0:
-                _remove_quietly(draft.aside)
+                remove_quietly(draft.aside)
             raise
 
     def _begin(self, draft: _Draft) -> None:
@@ -392,10 +393,3 @@ def _write_failed(path: Path, needed_bytes: int, error: OSError) -> str:
 
 def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
-
-
-def _remove_quietly(path: Path) -> None:
-    try:
-        remove(path)
-    except OSError as error:
-        _log.warning("Could not remove %s: %s", path, error)

@@ -6,11 +6,14 @@ What is written lives elsewhere: `checkpoint.py`, `run_dir.py`.
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import signal
 from pathlib import Path
 from typing import Any
+
+_log = logging.getLogger("distllm")
 
 CHUNK_BYTES = 8 * 2**20
 """Bytes handed to the kernel and to the hash at a time."""
@@ -116,3 +119,11 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def remove_quietly(path: Path) -> None:
+    """Delete it; where that fails, say so and go on."""
+    try:
+        remove(path)
+    except OSError as error:
+        _log.warning("Could not remove %s: %s", path, error)
