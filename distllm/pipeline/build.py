@@ -38,7 +38,7 @@ from distllm.errors import ConfigError
 from distllm.layers.init import initial_weights
 from distllm.pipeline.fitting import fit_options, set_dropout, special_tokens
 from distllm.tracking.base import Tracker
-from distllm.train.loop import Source
+from distllm.train.work import Source
 
 _log = logging.getLogger("distllm")
 

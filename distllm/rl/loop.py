@@ -37,8 +37,8 @@ from distllm.rl.rewards.base import Reward
 from distllm.rl.scoring import summarise
 from distllm.rl.shaping import shape_rewards
 from distllm.train.ledger import Ledger
-from distllm.train.loop import Work
 from distllm.train.options import TrainOptions
+from distllm.train.work import Work
 from distllm.types import Rollout
 
 

@@ -13,8 +13,8 @@ from distllm.engines.base import Engine
 from distllm.engines.collectives import together
 from distllm.optim.constant import Constant
 from distllm.train.ledger import Ledger
-from distllm.train.loop import Work
 from distllm.train.options import TrainOptions
+from distllm.train.work import Work
 from distllm.types import Objective
 
 
