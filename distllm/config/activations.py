@@ -40,6 +40,8 @@ class MicroBatch:
     compiled: bool = False
     casts_blocks: bool = True
     """Weights of blocks are kept in fp32 and copied to the dtype of the arithmetic where they are used (autocast)."""
+    casts_head: bool = True
+    """The same for the output matrix."""
     tp: int = 1
     """Processes that split each matrix product; with sequence parallel norms the residual stream is split too."""
     stream: int = _FP32
@@ -55,12 +57,12 @@ class MicroBatch:
     @property
     def head_copies(self) -> int:
         """Bytes per weight of the output matrix's copy in the dtype of the arithmetic."""
-        return self.element if self.element < _FP32 else 0
+        return self.element if self.element < _FP32 and self.casts_head else 0
 
     @property
     def copies(self) -> int:
         """The same for a block's weights."""
-        return self.head_copies if self.casts_blocks else 0
+        return self.element if self.element < _FP32 and self.casts_blocks else 0
 
 
 @dataclass(frozen=True, slots=True)

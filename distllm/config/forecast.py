@@ -143,7 +143,9 @@ def forecast(config: Config, models: Models) -> Forecast:
         on_cpu=target.on_cpu,
         checkpointing=config.engine.activation_checkpointing,
         compiled=config.engine.compile,
-        casts_blocks=layout.engine != "fsdp",
+        casts_blocks=layout.engine != "fsdp" and not layout.lowers_weights,
+        casts_head=not layout.lowers_weights,
+        stream=target.dtype.itemsize if layout.lowers_weights else 4,
         tp=layout.tp,
     )
     accum = max(1, train.global_batch_size // (train.micro_batch_size * layout.dp))

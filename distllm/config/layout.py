@@ -39,6 +39,8 @@ class Layout:
     """Moments live in the host's memory."""
     offload_weights: bool = False
     """Sharded weights and gradients do, too."""
+    bucket_mib: int = 200
+    """DeepSpeed: size of the buckets that gradients travel in."""
     overlaps_tp: bool = False
     """Products are cut into pieces whose transfers hide behind each other (asynchronous tensor parallel)."""
 
@@ -51,6 +53,11 @@ class Layout:
     def world_size(self) -> int:
         """All processes."""
         return self.dp * self.tp * self.pp
+
+    @property
+    def lowers_weights(self) -> bool:
+        """Whether the weights are held in the dtype of the arithmetic, with fp32 originals beside them (ZeRO)."""
+        return self.engine == "deepspeed" and self.zero_stage > 0
 
     def shards(self, what: str) -> int:
         """Return over how many data-parallel processes `what` (weights, gradients, optimizer) is split."""
@@ -79,6 +86,7 @@ def layout_of(options: Any, world_size: int) -> Layout:
         reshard=getattr(options, "reshard_after_forward", True),
         reduces_once=stage < 2 or getattr(options, "no_sync", False),
         offload_optimizer=offloads or getattr(options, "offload_optimizer", False),
+        bucket_mib=(name == "deepspeed" and options.bucket_mib) or 200,
         offload_weights=offloads or getattr(options, "offload_param", False),
     )
 

@@ -13,6 +13,7 @@ from distllm.config.activations import MicroBatch, Moment
 from distllm.config.activations import moments as formulas
 from distllm.config.layout import Layout, local_numel, stage_layers
 from distllm.config.shapes import ModelShape
+from distllm.config.zero import ZeroMemory
 
 _FP32 = 4
 MOMENTS = 2
@@ -61,6 +62,8 @@ def rank_memory(
         moments: worst moments of an architecture without formulas.
         trained: whether it has gradients and moments; a frozen model holds nothing between two calls.
     """
+    if layout.lowers_weights:
+        return _zero_memory(shape, work, layout, accum, moments, trained)
     weights, gradients, optimizer = (
         _FP32 * _local(shape, layout, what) for what in ("weights", "gradients", "optimizer")
     )
@@ -96,6 +99,49 @@ def rank_memory(
         communication=max(buffers.at(m) for m in found),
         peak=weights + optimizer + worst.total + beside(worst),
         worst=worst.name,
+        host=host,
+    )
+
+
+def _zero_memory(
+    shape: ModelShape,
+    work: MicroBatch,
+    layout: Layout,
+    accum: int,
+    moments: list[Moment] | None,
+    trained: bool,
+) -> RankMemory:
+    """Count the same under DeepSpeed from stage 1 on."""
+    zero = ZeroMemory(shape, work.element, layout, accum)
+    lowered, host = zero.lowered, 0
+    if layout.offload_weights:
+        lowered, host = 0, lowered
+    if not trained:
+        return RankMemory(weights=lowered, host=host, communication=zero.gathered,
+                          peak=lowered + zero.gathered, worst="forward")  # fmt: skip
+    found = moments or formulas(shape, work)
+    weights, optimizer, at_update = lowered + zero.master, MOMENTS * zero.master, zero.at_update
+    if layout.offload_optimizer:
+        host += zero.master + optimizer + _FP32 * zero.share
+        weights, optimizer, at_update = lowered, 0, 0
+
+    def total(moment: Moment) -> int:
+        return moment.total + zero.at(moment) + zero.gradients_at(moment)
+
+    worst = max(found, key=total)
+    most, name = total(worst), worst.name
+    if at_update > most:
+        most, name = at_update, "update"
+    return RankMemory(
+        weights=weights,
+        gradients=max(at_update, zero.after_backward),
+        optimizer=optimizer,
+        activations=max(m.activations for m in found),
+        logits=max(m.logits for m in found),
+        working=max(m.total + zero.at(m) for m in found),
+        communication=max(map(zero.at, found)),
+        peak=weights + optimizer + most,
+        worst=name,
         host=host,
     )
 

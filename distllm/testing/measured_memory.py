@@ -12,7 +12,7 @@ from distllm.arch.adapter import AdapterOptions, attach
 from distllm.arch.decoder import Decoder, DecoderOptions
 from distllm.engines.base import build_engine
 from distllm.engines.mesh import MeshOptions
-from distllm.engines.options import HardwareOptions
+from distllm.engines.options import BatchSizes, HardwareOptions
 from distllm.engines.processes import processes, rank
 from distllm.objectives.clm import CLM
 from distllm.objectives.options import PretrainOptions
@@ -74,6 +74,7 @@ def track(case: Case) -> StorageTracker:
         hardware=HardwareOptions(device="cpu", threads=1),
         precision=case.precision,
         optim=AdamWOptions(),
+        batch=BatchSizes(case.batch * case.accum * case.world_size, case.batch),
     )
     ids = torch.arange(case.batch * case.seq).view(case.batch, case.seq) % options.vocab_size
     batches = [

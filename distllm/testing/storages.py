@@ -102,20 +102,30 @@ def measure_steps(engine: Any, objective: Any, micro_batches: Sequence[Batch]) -
     """Train three steps on the same micro-batches; count the last: moments exist, DDP has settled on its buckets."""
     parameters = list(engine.model.parameters())
     wrapped = _fsdp_parameters(getattr(engine, "caller", engine.model))
+    zero = _zero_tensors if getattr(engine, "_is_zero", False) else lambda _: {}
 
     def lasting() -> dict[str, Iterable[Tensor]]:
         state = engine.optimizer.state if engine.optimizer is not None else {}
+        state = engine._moments() if zero(engine) else state
         values = (getattr(b, f.name) for b in micro_batches for f in fields(b))
         return {
-            "weights": [*parameters, *engine.model.buffers(), *_scales(engine.model)],
+            "weights": [
+                *parameters,
+                *engine.model.buffers(),
+                *_scales(engine.model),
+                *zero(engine).get("weights", ()),
+            ],
             "optimizer": [t for s in state.values() for t in s.values() if isinstance(t, Tensor)],
             "inputs": [v for v in values if isinstance(v, Tensor)],
         }
 
     def passing() -> dict[str, Iterable[Tensor]]:
+        own = zero(engine)
+        gathered = [t for p in wrapped for t in p.all_gather_outputs]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         return {
-            "gradients": [p.grad for p in parameters if p.grad is not None],
-            "communication": [t for p in wrapped for t in p.all_gather_outputs],
+            "gradients": [*gradients, *own.get("gradients", ())],
+            "communication": [*gathered, *own.get("communication", ())],
         }
 
     totals = engine.all_sum(sum_by_key(objective.weights(b) for b in micro_batches))
@@ -140,3 +150,25 @@ def _fsdp_parameters(model: Any) -> list[Any]:
     states = (getattr(m, "_get_fsdp_state", None) for m in model.modules())
     groups = (state()._fsdp_param_group for state in states if state)
     return [parameter for group in groups if group for parameter in group.fsdp_params]
+
+
+def _zero_tensors(engine: Any) -> dict[str, list[Tensor]]:
+    """List what DeepSpeed's optimizer holds beside the tensors of the model, by class."""
+    library, parameters, masters = (
+        engine.optimizer,
+        list(engine.model.parameters()),
+        engine._masters(),
+    )
+    gradients = [*(p.grad_accum for p in parameters if getattr(p, "grad_accum", None) is not None)]
+    gradients += [m.grad for m in masters if m.grad is not None]
+    averaged = getattr(library, "averaged_gradients", None) or {}
+    gradients += [t for group in averaged.values() for t in group or () if t is not None]
+    gradients += getattr(library, "fp32_groups_gradients_flat", ())  # stage 1 with bf16 weights
+    if getattr(library, "grad_partitions_flat_buffer", None) is not None:
+        gradients.append(library.grad_partitions_flat_buffer)
+    buckets = [bucket.buffer for bucket in getattr(library, "ipg_buckets", {}).values()]
+    buffers = [t for b in buckets for t in ([b] if isinstance(b, Tensor) else b or ())]
+    if engine._is_cut:
+        masters = [*masters, *(p.ds_tensor for p in parameters)]
+        buffers += [p.data for p in parameters]
+    return {"weights": masters, "gradients": gradients, "communication": buffers}

@@ -104,6 +104,23 @@ ON_FOUR = {
     "dp 2 x tp 2": Case(shape=DEFAULT, engine="fsdp", world_size=4, accum=2, mesh={"tp_size": 2}),
 }
 
+ZERO = [
+    # stage, precision, micro-batches per step, checkpointing
+    (1, "fp32", 1, "none"),
+    (1, "bf16", 1, "none"),
+    (2, "fp32", 1, "none"),
+    (2, "bf16", 1, "none"),
+    (2, "bf16", 2, "full"),
+    (3, "fp32", 1, "none"),
+    (3, "bf16", 1, "none"),
+]
+
+
+def zero_case(stage, precision, accum, checkpointing):
+    """The usual bucket, 200 MiB, would be larger than the model."""
+    return Case(shape=DEEP, engine="deepspeed", world_size=2, precision=precision, accum=accum,
+                checkpointing=checkpointing, settings={"zero_stage": stage, "bucket_mib": 1})  # fmt: skip
+
 
 def predicted(case, module=activations) -> RankMemory:
     options = DecoderOptions(**case.shape)
@@ -114,7 +131,9 @@ def predicted(case, module=activations) -> RankMemory:
         seq=case.seq,
         element=2 if case.precision == "bf16" else 4,
         checkpointing=case.checkpointing,
-        casts_blocks=case.engine != "fsdp",
+        casts_blocks=case.engine != "fsdp" and not layout.lowers_weights,
+        casts_head=not layout.lowers_weights,
+        stream=2 if layout.lowers_weights and case.precision == "bf16" else 4,
         tp=layout.tp,
     )
     adapter = case.adapter()
@@ -199,6 +218,27 @@ def test_every_class_of_bytes_is_predicted_on_every_process(cases):
                 compare(predicted(cases[name]), own, tolerance=0.02)
             except AssertionError as error:
                 raise AssertionError(f"{name}, rank {own['rank']}: {error}") from None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_deepspeed_holds_what_is_predicted():
+    """What stays to 0.1 %, the peak to 5 %; the library's passing gradients to 8 %: they go with the borders of parts."""
+    pytest.importorskip("deepspeed")
+    cases = [zero_case(*zero) for zero in ZERO]
+    arguments = {"cases": [asdict(case) for case in cases]}
+    ranks = run_on(2, "distllm.testing.measured_memory:peaks_on_ranks", arguments, timeout_s=800)
+    for case, *peaks in zip(cases, *ranks, strict=True):
+        memory = predicted(case)
+        for own in peaks:
+            found = {
+                "weights": (memory.weights, own["weights"], 1e-3),
+                "optimizer": (memory.optimizer, own["optimizer"], 1e-3),
+                "gradients": (memory.gradients, own["gradients"], 0.08),
+                "peak": (memory.peak, own["total"] - own["inputs"], 0.05),
+            }
+            for name, (ours, measured, tolerance) in found.items():
+                assert ours == pytest.approx(measured, rel=tolerance), (name, case, own)
 
 
 @pytest.mark.parametrize(
