@@ -62,6 +62,31 @@ def test_a_forward_costs_what_torch_counts(name):
     assert costs(batch, causal_half=False) / 3 == pytest.approx(expected, rel=1e-9)
 
 
+def step_by_step(x, start, weights, *_):
+    """Compute what torch's fused LSTM does for rows without padding, by products that the counter sees."""
+    w_ih, w_hh, bias, _ = weights
+    hidden, cell = start[0][0], start[1][0]
+    outs = []
+    for t in range(x.shape[1]):
+        i, f, g, o = (x[:, t] @ w_ih.t() + hidden @ w_hh.t() + bias).chunk(4, dim=1)
+        cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+        hidden = o.sigmoid() * cell.tanh()
+        outs.append(hidden)
+    return torch.stack(outs, dim=1), hidden[None], cell[None]
+
+
+def test_an_lstm_costs_what_torch_counts(monkeypatch):
+    options = registry.get("arch", "lstm").Options(d_hidden=48, n_layers=3)
+    batch = a_batch("lstm")
+    model = registry.get("arch", "lstm")(options)
+    whole = model(**batch.inputs()).logits
+    monkeypatch.setattr(torch, "lstm", step_by_step)
+    torch.testing.assert_close(model(**batch.inputs()).logits, whole)
+    expected = counted("lstm", options, batch)
+    costs = model_flops(build_meta(options))
+    assert costs(batch, causal_half=False) / 3 == pytest.approx(expected, rel=1e-9)
+
+
 WINDOWED = {
     "sliding decoder": ("decoder", {"layer_types": ["window", "full"], "window": 24}),
     "sliding encoder": ("encoder", {"layer_types": ["full", "window"], "window": 17, "n_kv_heads": 4,
