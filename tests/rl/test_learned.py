@@ -13,7 +13,10 @@ from distllm.testing.learned import SEEDS, SHARE_OF_GAP, learn
 from distllm.testing.rl_tasks import END, FIRST, TASKS
 
 FAST = {("grpo", "walks")}
-MISSED = {("gspo", "sums"): "closes 66% of the gap from seed 1"}
+MISSED = {
+    ("gspo", "sums"): "closes 66% of the gap",
+    ("dr_grpo", "sums"): "closes 77% of the gap",
+}
 """Cells that do not reach the aim, with what they reach; whoever makes one reach it takes it out."""
 
 
@@ -32,7 +35,7 @@ PAGE = (Path(__file__).parents[2] / "docs/learned_rl.md").read_text(encoding="ut
 @pytest.mark.parametrize(("algorithm", "task"), CELLS)
 @pytest.mark.timeout(900)
 def test_the_task_is_learned(algorithm, task):
-    for seed in SEEDS[:1] if (algorithm, task) in FAST else SEEDS:
+    for seed in SEEDS:
         result = learn(algorithm, task, seed)
         assert result.before < 0.8, "nothing left to learn"
         assert result.share >= SHARE_OF_GAP, result
@@ -99,3 +102,5 @@ def test_the_page_shows_every_algorithm_and_task():
     rows = [line for line in PAGE.splitlines() if line.startswith("| `")]
     assert [row.split("`")[1] for row in rows] == registry.names("algorithm")
     assert f"| algorithm | {' | '.join(TASKS)} |" in PAGE
+    assert "not measured |" not in PAGE
+    assert sum(row.count("**") // 2 for row in rows) == len(MISSED)
