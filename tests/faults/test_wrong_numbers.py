@@ -100,7 +100,9 @@ def test_f23_a_rollback_passes_over_the_data_since_the_last_checkpoint(
 def test_f23_a_rollback_in_rl_samples_anew(nursery, tmp_path):
     """Two updates are made from each rollouts; the second of the second fails, and its rollouts are dropped."""
     run_dir = tmp_path / "run"
-    grpo = [*TINY, *SKILLS, "stage=grpo", "stage.num_samples=4", "stage.rollout_batch_size=16"]
+    # All rewards of random weights are 0: the KL penalty leaves something to learn from.
+    rl = ["stage=grpo", "stage.num_samples=4", "stage.rollout_batch_size=16", "stage.kl_coef=0.1"]
+    grpo = [*TINY, *SKILLS, *rl]
     model = f"model='{nursery.folder / 'parent/model'}'"
     every = ["train.max_steps=6", "train.save_every_steps=1", "train.log_every_steps=1"]
     fault = {"rank": 1, "at": "loss", "step": 4, "do": "nan"}
