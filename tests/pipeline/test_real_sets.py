@@ -103,8 +103,26 @@ def test_an_encoder_decoder_learns_scan(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.timeout(5400)
+@pytest.mark.filterwarnings("ignore:.*is partly memory")
 def test_minilm_learns_sentiment(tmp_path, monkeypatch):
     shared("sst2", "test.txt")
     metrics = whole(tmp_path, monkeypatch, "experiment=sst2_minilm", f"model={minilm()}")
     assert metrics["before/accuracy"] < 0.6
     assert metrics["after/accuracy"] > 0.874
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(5400)
+@pytest.mark.filterwarnings("ignore:.*are left out", "ignore:.*is partly memory")
+def test_a_decoder_learns_to_write_what_an_encoder_likes(tmp_path, monkeypatch):
+    shared("sst2", "train.txt")
+    monkeypatch.setenv("DISTLLM_SHARED_DATA", str(ROOT))
+    command = ["pipeline", "experiment=sst2", f"run.dir={tmp_path}", "hardware.threads=1"]
+    assert main(command) == 0
+    stages = json.loads((tmp_path / "pipeline.json").read_text())["stages"]
+    found = {
+        s["name"]: json.loads((tmp_path / s["dir"] / "result.json").read_text())["metrics"]
+        for s in stages
+    }
+    assert found["classify"]["after/accuracy"] > 0.7
+    assert found["grpo"]["gain/reward_low"] > 0
