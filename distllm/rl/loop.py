@@ -275,10 +275,9 @@ class RolloutSource:
             size, ranks = self.learning.options.micro_batch_size, self.engines[role].ranks
             mine = examples[ranks.dp_rank :: ranks.dp_size]
             batches = [objective.collate(mine[i : i + size]) for i in range(0, len(mine), size)]
-            has_weight = any(w.sum() for b in batches for w in objective.weights(b).values())
-            if not any_true(
-                has_weight and (role != "policy" or self.algorithm.policy.pushes(mine))
-            ):
+            learns = any(w.sum() for b in batches for w in objective.weights(b).values())
+            learns = learns and (role != "policy" or self.algorithm.policy.pushes(mine))
+            if not any_true(learns):
                 # Every response was masked, unscorable or worth as much as the others. A step without a gradient would
                 # still decay the weights and follow the optimizer's momentum.
                 continue

@@ -25,7 +25,7 @@ WHOLE = "whole = {n: self._whole(p.detach()) for n, p in self.model.named_parame
 BUFFERS = "buffers = dict(self.model.named_buffers())"
 BUGS = {
     "forwards": [
-        (loop, "if not any_true(any(w.sum()", "if not (any(w.sum()"),
+        (loop, "if not any_true(learns)", "if not learns"),
         (base, "return batches + [([0], False)] * (most - len(batches))", "return batches"),
     ],
     "pairs": [
