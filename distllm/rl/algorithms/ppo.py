@@ -175,9 +175,9 @@ def whiten_advantages(rollouts: Sequence[Rollout]) -> None:
     learned = [r for r in rollouts if math.isfinite(r.reward)]
     parts = [_sampled(r, r.advantages) for r in learned]
     flat = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
-    # Equal ones are exactly 0: what rounding leaves of them would be blown up.
-    white = whiten(flat) if len(flat.unique()) > 1 else torch.zeros_like(flat)
-    white = white.split([len(p) for p in parts])
+    white = whiten(flat).split([len(p) for p in parts])
+    if len(flat.unique()) == 1:  # exactly 0: what rounding leaves of equal ones would be blown up
+        white = torch.zeros_like(flat).split([len(p) for p in parts])
     for rollout in rollouts:
         assert rollout.advantages is not None
         rollout.advantages = torch.zeros_like(rollout.advantages)
