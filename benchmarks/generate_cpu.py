@@ -45,6 +45,7 @@ from distllm.generation.options import GenerationOptions
 
 PROMPT, NEW, END_EVERY = 32, 64, 24
 CACHES = ("dynamic", "static")
+DTYPES = ("bf16", "fp32")
 GPT2: dict[str, Any] = {
     "vocab_size": 50257, "d_model": 768, "n_layers": 12, "n_heads": 12, "n_kv_heads": 12, "d_ff": 3072,
     "max_seq_len": 1024, "norm": "layer", "position": "learned", "gated": False, "activation": "gelu_tanh",
@@ -246,6 +247,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--dtypes", nargs="*", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--quick", action="store_true", help="tiny models, one round")
     arguments = parser.parse_args()
     rounds = 1 if arguments.quick else arguments.rounds
@@ -254,7 +256,7 @@ def main() -> None:
     threads = tune_cpu(HardwareOptions(device="cpu"))
     cells = {}
     for shape, precision, natural in itertools.product(
-        arguments.shapes, ("bf16", "fp32"), (True, False)
+        arguments.shapes, arguments.dtypes, (True, False)
     ):
         name = f"{shape} {precision} {'natural' if natural else 'full'}"
         cells[name] = measure(shape, precision, natural, rounds, arguments.quick)

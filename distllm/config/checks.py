@@ -101,7 +101,8 @@ _RULES: dict[Rule, str] = {
     NOT_NEGATIVE: """
         hardware.reserve_gib hardware.node_latency_us hardware.network_latency_us
         run.seed arch.decoder_start_id arch.blank_id arch.start_id arch.init_std arch.position_offset arch.token_types arch.norm_gain_offset
-        arch.num_experts arch.balance_coef arch.router_z_coef train.eval_every_steps train.max_skipped_steps hardware.threads
+        arch.num_experts arch.balance_coef arch.router_z_coef train.eval_every_steps train.max_skipped_steps train.max_rollbacks
+        hardware.threads
         optim.weight_decay optim.max_grad_norm schedule.warmup_steps generation.temperature generation.top_k
         stage.z_loss stage.neftune_alpha data.limit engine.mesh.dp_shard""",
     POSITIVE: """

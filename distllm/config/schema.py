@@ -33,10 +33,10 @@ class Config:
     """How the model is laid out on the hardware."""
     data: Any = None
     """Where samples come from."""
-    adapter: AdapterOptions = field(default_factory=AdapterOptions)
-    """What is trained: every weight, or low-rank adapters beside frozen ones."""
     optim: Any = None
     """The optimizer."""
+    adapter: AdapterOptions = field(default_factory=AdapterOptions)
+    """What is trained: every weight, or low-rank adapters beside frozen ones."""
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     """The learning rate over the run."""
     train: TrainOptions = field(default_factory=TrainOptions)

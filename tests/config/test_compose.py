@@ -71,7 +71,7 @@ def test_every_component_has_a_yaml(group):
         (["arch=llama_tyni"], ["arch=llama_tyni", "Did you mean llama_tiny", "Known: "]),
         (["stage=dpoo"], ["stage=dpoo", "ppo", "Did you mean", "Known: "]),
         (["experiment=skill_sft"], ["experiment=skill_sft", "skills_sft"]),
-        (["xyzzy=1"], ["xyzzy", "Known: arch, ", "distllm explain"]),
+        (["xyzzy=1"], ["xyzzy", "Known: adapter, arch, ", "distllm explain"]),
         (["train=3"], ["train is a group", "train.max_steps"]),
         (["stage.kl_coef=1"], ["stage.kl_coef", "a setting of stage=cispo, ", " and stage=rloo, which"]),
         (["schedule.name=cosine"], ["schedule.name=cosine", "schedule=cosine"]),

@@ -246,7 +246,7 @@ def test_deepspeed_holds_what_is_predicted():
     [
         ("held += e * tokens * q\n", "held += 0 * q\n"),
         ("held = tokens * (work.stream * d + _FP32)\n", "held = tokens * work.stream\n"),
-        ("fixed = hidden + _FP32 * matrix", "fixed = hidden + 2 * matrix"),
+        ("fixed = hidden + _FP32 * trained", "fixed = hidden + 2 * trained"),
     ],
 )
 def test_a_forgotten_term_is_noticed(term, without):

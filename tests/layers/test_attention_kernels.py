@@ -166,7 +166,7 @@ def test_a_learned_bias_gets_its_gradient(kernel):
 @pytest.mark.parametrize(
     ("old", "new", "case"),
     [
-        ("order_queries, once(pieces.prefix, False)", "order_queries, once(pieces.prefix, True)", "prefix"),
+        ("order, once(pieces.prefix, False)", "order, once(pieces.prefix, True)", "prefix"),
         ("    found.order_queries, found.order_keys = _order(marks), _order(key_marks)\n", "", "left padded"),
         ("padding_last = segments.where(segments != 0, width - 1)", "padding_last = segments.clamp(max=2)", "packed"),
         ("kept = (sizes > 0) | (key_sizes > 0)", "kept = sizes > 2", "packed"),
