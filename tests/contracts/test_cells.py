@@ -4,7 +4,7 @@ import pytest
 
 from distllm.testing.matrix import CELLS, run_cell
 
-FAST = {"encoder classify", "encoder bandit", "encoder tag", "encoder-decoder reward", "GLM blank"}
+FAST = {"encoder classify", "encoder bandit", "encoder tag"}
 
 
 @pytest.fixture(scope="session")

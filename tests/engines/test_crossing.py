@@ -134,7 +134,8 @@ EXPORTING = {"ddp": DDP, "fsdp": FSDP, "tp": TP}
 OTHERS = {"accelerate": ACCELERATE} | {f"zero {stage}": ZERO[stage] for stage in ZERO}
 
 
-@pytest.mark.parametrize("engines", [EXPORTING, pytest.param(OTHERS, marks=pytest.mark.slow)], ids=", ".join)  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("engines", [EXPORTING, OTHERS], ids=", ".join)
 def test_every_engine_exports_the_same_bytes(start, engines):
     """The last checkpoint of one process, exported under others."""
     folder, settings = start

@@ -10,7 +10,7 @@ from matrix import CELLS, STAGES, TOLERANCE, differences, run
 from distllm.testing.gloo import run_on
 from distllm.testing.stages import SKILLS, run_tiny, tiny_model
 
-FAST = ("ddp x2", "fsdp x2")
+FAST = ("fsdp x2",)
 
 
 @pytest.fixture(scope="module")

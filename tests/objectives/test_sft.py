@@ -57,6 +57,7 @@ def test_noise_is_in_training_only(model):
     assert torch.equal(noisy.loss(model.eval(), batch()).losses["lm"], wanted)
 
 
+@pytest.mark.slow
 def test_a_noisy_run_resumes_exactly(tmp_path):
     sft = ["stage=sft", "stage.neftune_alpha=5", *SKILLS]
     run_tiny(tmp_path / "whole", [*sft, "train.max_steps=4"])

@@ -70,13 +70,8 @@ def has_step(folder, step):
     return False
 
 
-@pytest.mark.parametrize(
-    "phase",
-    [
-        "mid_write",
-        *(pytest.param(p, marks=pytest.mark.slow) for p in ("before_rename", "after_rename")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["mid_write", "before_rename", "after_rename"])
 def test_a_kill_inside_a_checkpoint_write_changes_nothing(tmp_path, parent, phase):
     settings = [
         *TINY,
