@@ -58,7 +58,7 @@ def explain(key: str = "", arguments: Iterable[str] = ()) -> list[Explanation]:
                 key=leaf.key,
                 value=leaf.value,
                 origin=typed.get(leaf.key) or written.get(leaf.key) or _class_of(leaf.owner),
-                default=_default(leaf.owner, name),
+                default=leaf.default,
                 type=type_words(field_type(leaf.owner, name)) + _rule(leaf.key),
                 meaning=meaning(leaf.owner, name) or (_CHOSEN if chosen else ""),
                 resume="free" if leaf.free else "same",
@@ -100,7 +100,3 @@ def _class_of(owner: type) -> str:
 def _rule(key: str) -> str:
     rule = rules().get(key)
     return f"; {rule.words}" if rule else ""
-
-
-def _default(owner: type, name: str) -> Any:
-    return getattr(owner(), name)

@@ -110,6 +110,11 @@ class Leaf:
     free: bool
     """May differ when a run is resumed."""
 
+    @property
+    def default(self) -> Any:
+        """What the options class gives it where nothing else does."""
+        return getattr(self.owner(), self.key.rpartition(".")[2])
+
 
 def leaves(config: Any, prefix: str = "", is_free: bool = False) -> list[Leaf]:
     """List every setting of `config`, in order; lists and dicts are one setting each."""

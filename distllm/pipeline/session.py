@@ -69,7 +69,9 @@ def leave_stopped(folder: Path, step: int) -> None:
 
 
 def _claim(run: RunDir, config: Config) -> None:
-    run.claim(to_dict(config), {x.key: "free" if x.free else "same" for x in leaves(config)})
+    settings = leaves(config)
+    marks = {x.key: "free" if x.free else "same" for x in settings}
+    run.claim(to_dict(config), marks, {x.key: x.default for x in settings})
     (run.path / STOPPED_FILE).unlink(missing_ok=True)
 
 

@@ -69,7 +69,12 @@ class RunDir:
         finally:
             os.close(fd)
 
-    def claim(self, config: Mapping[str, Any], fields: Mapping[str, str]) -> bool:
+    def claim(
+        self,
+        config: Mapping[str, Any],
+        fields: Mapping[str, str],
+        defaults: Mapping[str, Any] | None = None,
+    ) -> bool:
         """Make this the directory of `config`, or check that it is. Call under the lock.
 
         Fields marked `free` are brought up to date in `config.yaml`.
@@ -78,6 +83,7 @@ class RunDir:
             config: Nested plain mapping.
             fields: Dotted key -> `same` or `free`. A key that exists only in the file counts as `same`
                 unless all fields beside it are free.
+            defaults: Dotted key -> what a file without the key stands for: it may be older than the setting.
 
         Returns:
             True at the first start, False at a later one.
@@ -90,7 +96,7 @@ class RunDir:
         text = _HEADER + yaml.safe_dump(new, sort_keys=False, allow_unicode=True, width=100)
         first = not self.config_path.exists()
         if not first:
-            self._refuse_differences(self._read(), new, fields)
+            self._refuse_differences(self._read(), new, fields, _plain(defaults or {}))
         if first or self.config_path.read_text(encoding="utf-8") != text:
             with self._writing():
                 atomic_write_text(self.config_path, text)
@@ -140,14 +146,19 @@ class RunDir:
         return value
 
     def _refuse_differences(
-        self, old: dict[str, Any], new: dict[str, Any], fields: Mapping[str, str]
+        self,
+        old: dict[str, Any],
+        new: dict[str, Any],
+        fields: Mapping[str, str],
+        defaults: Mapping[str, Any],
     ) -> None:
         same = {key for key, mark in fields.items() if mark == "same"}
         same |= {key for key in _leaves(old) if not _covered(key, fields) and _bound(key, fields)}
         lines = []
         for key in sorted(same):
             was, now = _look_up(old, key), _look_up(new, key)
-            if _canonical(was) != _canonical(now):
+            meant = defaults.get(key, _ABSENT) if was == _ABSENT else was
+            if _canonical(meant) != _canonical(now):
                 lines.append(f"  {key}: {_shown(was)} there, {_shown(now)} now")
         if lines:
             listed = "\n".join(lines)

@@ -260,6 +260,20 @@ def test_all_differences_are_listed(tmp_path):
     assert run.config_path.read_bytes() == before
 
 
+def test_a_setting_that_the_file_is_older_than_is_at_its_default(tmp_path):
+    run = RunDir(tmp_path)
+    run.claim(CONFIG, FIELDS)
+    new, fields = changed("optim.eps", 1e-8), {**FIELDS, "optim.eps": "same"}
+    with pytest.raises(CheckpointError, match=r"optim\.eps: \(absent\) there, 1e-08 now"):
+        run.claim(new, fields, {"optim.eps": 1e-6})
+    assert run.claim(new, fields, {"optim.eps": 1e-8}) is False
+    assert yaml.safe_load(run.config_path.read_text()) == new
+    with pytest.raises(
+        CheckpointError, match=r"optim\.lr"
+    ):  # a value in the file counts, whatever the default
+        run.claim(changed("optim.lr", 5.0), FIELDS, {"optim.lr": 5.0})
+
+
 def test_a_setting_dropped_from_a_same_group_conflicts(tmp_path):
     run = RunDir(tmp_path)
     old = {"rl": {"weights": {"a": 1.0, "b": 2.0}}}
