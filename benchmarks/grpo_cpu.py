@@ -42,9 +42,11 @@ from rl_sides import (
     RESPONSES,
     SHAPE,
     EReward,
+    Stepping,
     ceiling,
     describe,
     reward,
+    sampling_of,
     show,
     teach_ends,
 )
@@ -59,16 +61,14 @@ from distllm.data.tokenizer import train_tokenizer
 from distllm.engines.base import build_engine
 from distllm.engines.hardware import tune_cpu
 from distllm.engines.options import EngineOptions, HardwareOptions
-from distllm.generation.options import GenerationOptions
 from distllm.optim.constant import Constant
 from distllm.optim.options import AdamWOptions, ScheduleOptions
 from distllm.rl.algorithms.grpo import GRPO, GRPOOptions
-from distllm.rl.loop import Learning, RolloutSource, Sampling
+from distllm.rl.loop import Learning, RolloutSource
 from distllm.train.options import TrainOptions
-from distllm.train.step import optimizer_step
 
 
-class Ours:
+class Ours(Stepping):
     """distllm's GRPO through the same engine, source and step as `distllm train stage=grpo`."""
 
     def __init__(
@@ -95,42 +95,18 @@ class Ours:
             on_policy=True,
         )
         train = TrainOptions(global_batch_size=RESPONSES, micro_batch_size=RESPONSES)
-        self.source = RolloutSource(
+        rollouts = RolloutSource(
             prompts,
             {"policy": engine},
             algorithm,
             EReward(),
-            Sampling(
-                options=GenerationOptions(max_new_tokens=MAX_NEW_TOKENS),
-                end_ids=end_ids(tokenizer),
-                pad_id=tokenizer.pad_token_id,
-                decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
-            ),
+            sampling_of(tokenizer),
             Learning(
                 lr={"policy": 1e-6}, schedule=Constant(ScheduleOptions(), 10**6), options=train
             ),
             0,
         )
-        self.step = 0
-        self.lengths: list[float] = []
-        self.phases: dict[str, list[float]] = {}
-
-    def run(self, steps: int) -> list[float]:
-        """Run `steps` steps; return the seconds of each."""
-        seconds = []
-        for _ in range(steps):
-            start = time.perf_counter()
-            work, metrics = self.source.next(self.step)
-            for part in work:
-                optimizer_step(part.engine, part.objective, part.micro_batches, part.lr)
-            seconds.append(time.perf_counter() - start)
-            self.step += 1
-            self.lengths.append(metrics["rl/response_length"])
-            spent = {k: v for k, v in metrics.items() if k.startswith("time/")}
-            spent["time/update_s"] = seconds[-1] - sum(spent.values())
-            for key, value in spent.items():
-                self.phases.setdefault(key, []).append(value)
-        return seconds
+        super().__init__(rollouts)
 
 
 class Peer:

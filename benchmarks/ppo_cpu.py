@@ -43,7 +43,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import headline, machine
-from rl_sides import MAX_NEW_TOKENS, RESPONSES, SHAPE, ceiling, describe, show, teach_ends
+from rl_sides import (
+    MAX_NEW_TOKENS,
+    RESPONSES,
+    SHAPE,
+    Stepping,
+    ceiling,
+    describe,
+    sampling_of,
+    show,
+    teach_ends,
+)
 
 from distllm.arch.decoder import Decoder
 from distllm.arch.io import load_model, save_model
@@ -55,14 +65,12 @@ from distllm.data.tokenizer import train_tokenizer
 from distllm.engines.base import build_engine
 from distllm.engines.hardware import tune_cpu
 from distllm.engines.options import EngineOptions, HardwareOptions
-from distllm.generation.options import GenerationOptions
 from distllm.optim.constant import Constant
 from distllm.optim.options import AdamWOptions, ScheduleOptions
 from distllm.rl.algorithms.ppo import PPO, PPOOptions
-from distllm.rl.loop import Learning, RolloutSource, Sampling
+from distllm.rl.loop import Learning, RolloutSource
 from distllm.rl.rewards.model import RewardModel
 from distllm.train.options import TrainOptions
-from distllm.train.step import optimizer_step
 
 EPOCHS, KL, LR = 2, 0.05, 1e-6
 NUM_PROMPTS = 256
@@ -74,7 +82,7 @@ def prompts_of(tokenizer: Any) -> PromptDataset:
     return PromptDataset(source.prompts("train"), tokenizer, 128)
 
 
-class Ours:
+class Ours(Stepping):
     """distllm's PPO through the same engines, source and step as `distllm train stage=ppo`."""
 
     def __init__(self, folders: dict[str, Path], tokenizer: Any, precision: str) -> None:
@@ -106,17 +114,12 @@ class Ours:
             on_policy=False,
         )
         train = TrainOptions(global_batch_size=RESPONSES, micro_batch_size=RESPONSES)
-        self.source = RolloutSource(
+        source = RolloutSource(
             prompts_of(tokenizer),
             engines,
             algorithm,
             RewardModel(engines["reward"], join=model.join, pad_id=pad_id, batch_size=RESPONSES),
-            Sampling(
-                options=GenerationOptions(max_new_tokens=MAX_NEW_TOKENS),
-                end_ids=end_ids(tokenizer),
-                pad_id=pad_id,
-                decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
-            ),
+            sampling_of(tokenizer),
             Learning(
                 lr={"policy": LR, "value": LR},
                 schedule=Constant(ScheduleOptions(), 10**6),
@@ -124,28 +127,7 @@ class Ours:
             ),
             0,
         )
-        self.step = 0
-        self.lengths: list[float] = []
-        self.phases: dict[str, list[float]] = {}
-
-    def run(self, steps: int) -> list[float]:
-        """Run `steps` steps, each of one batch of responses and its updates; return the seconds of each."""
-        seconds = []
-        for _ in range(steps):
-            start, spent = time.perf_counter(), {}
-            for _ in range(self.source.updates_per_rollout):
-                work, metrics = self.source.next(self.step)
-                for part in work:
-                    optimizer_step(part.engine, part.objective, part.micro_batches, part.lr)
-                self.step += 1
-                if "rl/response_length" in metrics:
-                    self.lengths.append(metrics["rl/response_length"])
-                    spent = {k: v for k, v in metrics.items() if k.startswith("time/")}
-            seconds.append(time.perf_counter() - start)
-            spent["time/update_s"] = seconds[-1] - sum(spent.values())
-            for key, value in spent.items():
-                self.phases.setdefault(key, []).append(value)
-        return seconds
+        super().__init__(source)
 
 
 class Peer:

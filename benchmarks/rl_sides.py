@@ -9,12 +9,15 @@ from typing import Any, ClassVar
 import torch
 
 from distllm.arch.decoder import Decoder, DecoderOptions
+from distllm.data.chat import end_ids
 from distllm.data.packing import PackedRow
 from distllm.engines.base import build_engine
 from distllm.engines.options import EngineOptions, HardwareOptions
+from distllm.generation.options import GenerationOptions
 from distllm.objectives.clm import CLM
 from distllm.objectives.options import PretrainOptions
 from distllm.optim.options import AdamWOptions
+from distllm.rl.loop import RolloutSource, Sampling
 from distllm.train.step import optimizer_step
 
 NUM_PROMPTS, GROUP, MAX_NEW_TOKENS = 4, 8, 64
@@ -50,6 +53,46 @@ def teach_ends(model: Decoder, end: int, steps: int = 60) -> None:
         rate = 2e-3 * min(1.0, (steps - step) / 20)
         optimizer_step(engine, objective, [objective.collate(packed)], rate)
     engine.close()
+
+
+def sampling_of(tokenizer: Any) -> Sampling:
+    """Return how ours samples: at temperature 1, up to the same length as the peer."""
+    return Sampling(
+        options=GenerationOptions(max_new_tokens=MAX_NEW_TOKENS),
+        end_ids=end_ids(tokenizer),
+        pad_id=tokenizer.pad_token_id,
+        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+    )
+
+
+class Stepping:
+    """Our side once it is built: takes steps as the training loop does, and keeps the time of each phase."""
+
+    def __init__(self, source: RolloutSource) -> None:
+        self.source, self.step = source, 0
+        self.lengths: list[float] = []
+        self.phases: dict[str, list[float]] = {}
+
+    def run(self, steps: int) -> list[float]:
+        """Run `steps` steps, each of one batch of responses and its updates; return the seconds of each."""
+        seconds = []
+        for _ in range(steps):
+            start, spent = time.perf_counter(), {}
+            for _ in range(self.source.updates_per_rollout):
+                handed = self.source.next(self.step)
+                assert handed is not None
+                work, metrics = handed
+                for part in work:
+                    optimizer_step(part.engine, part.objective, part.micro_batches, part.lr)
+                self.step += 1
+                if "rl/response_length" in metrics:
+                    self.lengths.append(metrics["rl/response_length"])
+                    spent = {k: v for k, v in metrics.items() if k.startswith("time/")}
+            seconds.append(time.perf_counter() - start)
+            spent["time/update_s"] = seconds[-1] - sum(spent.values())
+            for key, value in spent.items():
+                self.phases.setdefault(key, []).append(value)
+        return seconds
 
 
 class EReward:

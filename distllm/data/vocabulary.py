@@ -49,25 +49,26 @@ class Vocabulary:
     @property
     def eos_id(self) -> int | None:
         """Ends a text."""
-        return self._tok.eos_token_id  # type: ignore[return-value]
+        return self._named("eos_token_id")
 
     @property
     def pad_id(self) -> int:
         """Fills rectangles; masked everywhere."""
-        pad = self._tok.pad_token_id
-        return pad if pad is not None else (self.eos_id or 0)  # type: ignore[return-value]
+        pad = self._named("pad_token_id")
+        return pad if pad is not None else (self.eos_id or 0)
 
     @property
     def opening(self) -> list[int]:
         """What an encoder's text begins with: the classification token, where there is one."""
-        cls_id = self._tok.cls_token_id
-        return [] if cls_id is None else [cls_id]  # type: ignore[list-item]
+        cls_id = self._named("cls_token_id")
+        return [] if cls_id is None else [cls_id]
 
     @property
     def closing(self) -> list[int]:
         """What a text ends with: the separator, else the end token, where there is one."""
-        ends = self._tok.sep_token_id if self._tok.sep_token_id is not None else self.eos_id
-        return [] if ends is None else [ends]  # type: ignore[list-item]
+        sep_id = self._named("sep_token_id")
+        ends = self.eos_id if sep_id is None else sep_id
+        return [] if ends is None else [ends]
 
     @property
     def mask_id(self) -> int:
@@ -76,9 +77,13 @@ class Vocabulary:
         Raises:
             ConfigError: the tokenizer has none.
         """
-        if self._tok.mask_token_id is not None:
-            return self._tok.mask_token_id  # type: ignore[return-value]
-        return self.id_of(MASK)
+        mask_id = self._named("mask_token_id")
+        return self.id_of(MASK) if mask_id is None else mask_id
+
+    def _named(self, attribute: str) -> int | None:
+        """Read one of the tokenizer's own ids, of which transformers says too little to a type checker."""
+        found = getattr(self._tok, attribute)
+        return None if found is None else int(found)
 
     @functools.cached_property
     def sentinels(self) -> list[int]:

@@ -14,6 +14,7 @@ from distllm.testing import parity
 pytest.importorskip("transformers")
 
 FAMILIES = sorted(n for n, f in families().items() if f.tiny)
+QUICK = ("bert", "gpt2", "llama", "marian", "qwen3_moe", "t5")
 
 
 class Harmful:
@@ -36,7 +37,9 @@ def refused(folder, tmp_path, capsys):
     return re.sub(r"\s+", " ", text)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES]
+)
 def test_a_damaged_checkpoint_is_refused_in_words(name, tmp_path, capsys):
     folder = parity.save(parity.reference(families()[name]), tmp_path / "m")
     path = folder / "model.safetensors"
