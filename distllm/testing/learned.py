@@ -37,7 +37,7 @@ BATCH_SIZE = 128
 WARM_UP_LR = 3e-3
 SHARE_OF_GAP = 0.8
 """How much of the way from the first score to the optimum, 1, must be gone."""
-SEEDS = (1,)
+SEEDS = (1, 2)
 
 COMMON: dict[str, Any] = {"lr": 2e-3, "kl_coef": 0.0}
 """What is learned here is the reward, so that no divergence holds it back."""
