@@ -9,10 +9,12 @@ HELP = """
 usage: distllm tokenizer data=DATA out=DIR [vocab_size=N] [key=value ...]
 
 Byte-level BPE with a chat template, in Hugging Face layout; data.units=word or character makes words or characters tokens.
+It holds the special tokens that the stage needs with the architecture: masks for arch=bert_tiny, sentinels for arch=t5_tiny.
 
 Examples:
   distllm tokenizer data=stdlib vocab_size=4096 out=runs/tokenizer
   distllm tokenizer data=file data.path=corpus.txt vocab_size=8192 out=runs/tokenizer
+  distllm tokenizer arch=bert_base data=file data.path=corpus.txt out=runs/tokenizer
 """
 OWN = {
     "out": "directory to write; must be new or empty",
@@ -29,6 +31,7 @@ def run(arguments: Sequence[str]) -> int:
     from distllm.data.source import open_source
     from distllm.data.tokenizer import encode_texts, save_tokenizer, train_tokenizer
     from distllm.errors import ConfigError
+    from distllm.pipeline.fitting import special_tokens
 
     config = compose(given.overrides, also_known=OWN)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -37,7 +40,9 @@ def run(arguments: Sequence[str]) -> int:
         )
     size = given.integer("vocab_size", config.arch.vocab_size)
     source = open_source(config.data, config.run.seed)
-    tokenizer = train_tokenizer(source.texts() or (), size, units=config.data.units)
+    tokenizer = train_tokenizer(
+        source.texts() or (), size, special_tokens(config), config.data.units
+    )
     save_tokenizer(tokenizer, out)
     heldout = [d.text for d in source.documents("heldout")] if "documents" in source.serves else []
     num_tokens = sum(map(len, encode_texts(tokenizer, heldout)))

@@ -10,6 +10,7 @@ from distllm.arch.abilities import CAUSAL, Abilities
 from distllm.arch.io import read_options
 from distllm.config.schema import Config
 from distllm.errors import ConfigError
+from distllm.objectives.options import READ_BY, PretrainOptions
 
 _WRITING = ("dpo", "kto", "orpo", "simpo")
 """Stages that need the probability of a text."""
@@ -70,9 +71,11 @@ def ability_problems(config: Config) -> list[str]:
     """Check the stage against the architecture."""
     able, stage, name = abilities_of(config), config.stage, arch_name(config)
     try:
-        resolve_objective(config)
+        objective = resolve_objective(config)
     except ConfigError as error:
         return [str(error)]
+    if isinstance(stage, PretrainOptions):
+        return _objective_problems(stage, objective)
     if stage.name == "sft" and not able.sft:
         return [
             f"stage=sft: arch={name} does not write text, so it cannot imitate answers. Set stage=classify or stage=tag, "
@@ -104,6 +107,33 @@ def ability_problems(config: Config) -> list[str]:
             "stage.reward=classifier, which reads their names."
         ]
     return []
+
+
+def _objective_problems(stage: PretrainOptions, objective: str) -> list[str]:
+    """Find settings that another objective reads, and shares that are more than the whole."""
+    defaults, problems = PretrainOptions(), []
+    for key, readers in READ_BY.items():
+        value, default = getattr(stage, key), getattr(defaults, key)
+        if value != default and objective not in readers:
+            problems.append(
+                f"stage.{key}={value} is for {' and '.join(readers)}, and stage.objective={objective} does not read it. "
+                f"Leave it out (default: {default})."
+            )
+    for objective_of, first, second, what in _SHARES:
+        total = getattr(stage, first) + getattr(stage, second)
+        if objective == objective_of and total > 1 + 1e-9:
+            problems.append(
+                f"stage.{first}={getattr(stage, first)} + stage.{second}={getattr(stage, second)} = {total:g}, and both "
+                f"are shares of {what}: at most 1 together. Set stage.{second}={1 - getattr(stage, first):g} or less."
+            )
+    return problems
+
+
+_SHARES = (
+    ("mlm", "mask_token_share", "random_token_share", "the hidden tokens"),
+    ("blank", "sentence_share", "document_share", "the texts"),
+)
+"""(objective, two settings, what they divide among themselves)."""
 
 
 def records_of(config: Config, kind: str) -> str:

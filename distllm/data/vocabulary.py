@@ -106,7 +106,7 @@ class Vocabulary:
         if found is None:
             raise ConfigError(
                 f"The tokenizer has no token {name}, which this objective needs. Leave tokenizer out to train "
-                "one that has, or add it to the tokenizer you set."
+                "one that has, or make one by `distllm tokenizer` with this run's arch and stage."
             )
         return found
 

@@ -42,3 +42,20 @@ class PretrainOptions:
     """Share of the documents that are reordered to prefix, suffix, middle, to learn to fill gaps (clm)."""
     fim_spm_rate: float = 0.5
     """Share of those that begin with the suffix instead (clm)."""
+
+
+READ_BY = {
+    "baselines": ("clm",),
+    "mask_rate": ("mlm", "span", "blank"),
+    "eval_mask_rate": ("mlm",),
+    "mask_whole_words": ("mlm",),
+    "mask_token_share": ("mlm",),
+    "random_token_share": ("mlm",),
+    "mean_span_length": ("span", "blank"),
+    "sentence_share": ("blank",),
+    "document_share": ("blank",),
+    "min_document_span": ("blank",),
+    "fim_rate": ("clm",),
+    "fim_spm_rate": ("clm",),
+}
+"""Setting -> the objectives that read it; those that are not here concern all."""

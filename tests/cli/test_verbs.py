@@ -186,6 +186,26 @@ def test_tokenizer(capsys, corpus, tmp_path):
     assert "vocab_size?" in mistake(capsys, "tokenizer", "vocab_sise=9", f"out={tmp_path / 'b'}")
 
 
+@pytest.mark.parametrize(
+    "settings, tokens",
+    [
+        ("arch=bert_tiny", ("[CLS]", "[SEP]", "[MASK]")),
+        ("arch=t5_tiny", ("[S2S]", "<extra_id_0>", "<extra_id_99>")),
+        ("arch=glm_tiny", ("[gMASK]", "<|startofpiece|>")),
+        ("stage.fim_rate=0.5", ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")),
+    ],
+)
+def test_a_tokenizer_holds_what_the_objective_needs(capsys, corpus, tmp_path, settings, tokens):
+    """Without it no corpus could be tokenised into shards for a masked model."""
+    from transformers import AutoTokenizer
+
+    out = tmp_path / "tokenizer"
+    of = ["data=file", f"data.path={corpus}", "vocab_size=400", f"out={out}"]
+    output(capsys, "tokenizer", settings, *of)
+    known = AutoTokenizer.from_pretrained(out).get_vocab()
+    assert set(tokens) <= known.keys() and len(known) <= 400
+
+
 def test_data_counts_and_shows(capsys, corpus, run_dir):
     tokenizer = f"tokenizer={run_dir / 'model'}"
     text = output(capsys, "data", "stats", "data=file", f"data.path={corpus}", tokenizer)
