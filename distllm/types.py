@@ -301,6 +301,8 @@ class Dialogue:
     learned: list[int] | None = None
     """Which of the assistant's messages are learned from, by index; None means all of them."""
     task: str = ""
+    is_text: bool = field(default=False, compare=False, repr=False)
+    """The row's prompt was a text, not messages: reward functions in TRL's form then get texts."""
     place: str = _place()
 
 
@@ -330,6 +332,8 @@ class Prompt:
     extra: dict[str, Any] = field(default_factory=dict)
     """Further columns of the row, for a reward function."""
     task: str = ""
+    is_text: bool = field(default=False, compare=False, repr=False)
+    """The row's prompt was a text, not messages: reward functions in TRL's form then get texts."""
     place: str = _place()
 
 

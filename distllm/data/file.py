@@ -279,7 +279,11 @@ def _as_prompt(record: Record) -> Prompt | None:
             return record
         case Dialogue(messages=[*asked, last]) if asked and asked[-1]["role"] != "assistant":
             return Prompt(
-                messages=asked, answer=last["content"], task=record.task, place=record.place
+                messages=asked,
+                answer=last["content"],
+                task=record.task,
+                is_text=record.is_text,
+                place=record.place,
             )
         case Pair() | Unpaired():
             return Prompt(messages=record.prompt, task=record.task, place=record.place)

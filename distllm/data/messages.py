@@ -115,6 +115,11 @@ def is_transcript(text: str) -> bool:
     return found is not None and found[1] == "Human"
 
 
+def is_text(prompt: Any) -> bool:
+    """Say whether a prompt is what the user says, not messages or a transcript of them."""
+    return isinstance(prompt, str) and not is_transcript(prompt)
+
+
 def check_last(messages: Messages, key: str, *, assistant: bool) -> None:
     """Refuse a conversation whose last message is the wrong side's."""
     role = messages[-1]["role"]

@@ -16,6 +16,7 @@ from distllm.data.graded import read_steps
 from distllm.data.messages import (
     check_last,
     check_string,
+    is_text,
     learned_messages,
     read_answer,
     read_answers,
@@ -211,6 +212,7 @@ def _answered(row: Columns, key: str) -> Prompt:
         answer=_string(row, "answer"),
         extra=_others(row, key, "answer"),
         task=_label(row, "task"),
+        is_text=is_text(row[key]),
     )
 
 
@@ -219,6 +221,7 @@ def _prompt_only(row: Columns) -> Prompt:
         messages=_with_system(row, read_prompt(row["prompt"], "prompt")),
         extra=_others(row, "prompt"),
         task=_label(row, "task"),
+        is_text=is_text(row["prompt"]),
     )
 
 
@@ -230,7 +233,8 @@ def _prompt_completion(row: Columns) -> Dialogue:
     if any(m["role"] == "assistant" for m in before):
         places = enumerate(answers, start=len(before))
         learned = [i for i, m in places if m["role"] == "assistant"]
-    return Dialogue(messages=[*before, *answers], learned=learned, task=_label(row, "task"))
+    said, task = [*before, *answers], _label(row, "task")
+    return Dialogue(messages=said, learned=learned, task=task, is_text=is_text(row["prompt"]))
 
 
 def _conversation(row: Columns, key: str) -> Dialogue:

@@ -10,6 +10,7 @@ from typing import Any
 from distllm import registry
 from distllm.config.abilities import abilities_of
 from distllm.engines.base import Engine
+from distllm.engines.collectives import together
 from distllm.generation.backend import sample_alone
 from distllm.pipeline.build import Builder, Parts
 from distllm.pipeline.measure import (
@@ -98,6 +99,7 @@ def build(builder: Builder) -> Parts:
     if getattr(stage, "bootstrap_truncated", False):
         limit -= 1  # the value after the last token needs a place of its own
     prompts = prompt_dataset(builder, "train", limit)
+    together(lambda: reward.check([prompts[i].prompt for i in range(len(prompts))]))
     sampling = Sampling(
         options=config.generation,
         end_ids=builder.end_ids,
@@ -115,6 +117,7 @@ def build(builder: Builder) -> Parts:
         config.run.seed,
     )
     heldout = heldout_prompts(builder)
+    together(lambda: reward.check([p.prompt for p in heldout]))
 
     def evaluate() -> tuple[dict[str, Any], list[dict[str, Any]]]:
         greedy = answer_greedily(builder, policy, heldout, sampling.sample)

@@ -28,6 +28,9 @@ class IdReward:
         self.judge = judge
         self.problems: dict[int, str] = {}
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Nothing to refuse."""
+
     def score(
         self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], texts: Sequence[str]
     ) -> list[float]:

@@ -171,6 +171,7 @@ def test_what_else_can_be_made_of_records(tmp_path):
     assert chats.prompts("train") == [Prompt(messages=[USER], answer="a")]
     asked = source(write_lines(tmp_path / "a.jsonl", FORMS["answer"][0]), heldout_fraction=0.0)
     assert asked.dialogues("train") == [Dialogue(messages=[USER, ANSWER])]
+    assert asked.prompts("train")[0].is_text and not chats.prompts("train")[0].is_text
     assert (pairs.checkable, chats.checkable, asked.checkable) == (False, False, True)
     for opened, wanted, held in (
         (pairs, "documents", "holds pairs, from which documents"),

@@ -39,6 +39,14 @@ def like_trl(prompts, completions, answer, **kwargs):
     return [float(c[0]["content"] == a) for c, a in zip(completions, answer, strict=True)]
 
 
+def long_like_trl(completions, **kwargs):
+    return [float(len(c)) for c in completions]
+
+
+def strict(response, difficulty, answer=None):
+    return float(difficulty)
+
+
 def slow(response):
     time.sleep(0.2)
     return 1.0

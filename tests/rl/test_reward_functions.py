@@ -41,9 +41,12 @@ class Server(http.server.ThreadingHTTPServer):
         pass
 
 
-def prompts(count, answer="yes", **extra):
+def prompts(count, answer="yes", is_text=False, **extra):
     message = {"role": "user", "content": "??"}
-    return [Prompt(messages=[message], answer=answer, extra=extra) for _ in range(count)]
+    return [
+        Prompt(messages=[message], answer=answer, extra=extra, is_text=is_text)
+        for _ in range(count)
+    ]
 
 
 @pytest.fixture
@@ -109,6 +112,28 @@ def test_a_function_gets_what_it_names(made):
     assert reward.score(prompts(1, colour="red"), [], ["yes"]) == [112.0]
     trl = made(reward="reward_functions:like_trl", reward_workers=1)
     assert trl.score(prompts(2), [], ["yes", "no"]) == [1.0, 0.0]
+    # As TRL does: a text for a text, and a list of one message for messages.
+    long = made(reward="reward_functions:long_like_trl", reward_workers=1)
+    assert long.score(prompts(1, is_text=True), [], ["four"]) == [4.0]
+    assert long.score(prompts(1), [], ["four"]) == [1.0]
+
+
+def test_data_that_a_reward_cannot_judge_by_is_refused_before_anything_is_sampled(made):
+    strict = made(reward="0.5*exact_match + reward_functions:strict", reward_workers=1)
+    strict.check([*prompts(2), *prompts(1, difficulty=3)])
+    with pytest.raises(ConfigError) as caught:
+        strict.check(prompts(2, level=3))
+    said = "needs difficulty, which the data does not have. There is prompt, messages, response, task, answer, level."
+    assert f"stage.reward=reward_functions:strict {said}" in str(caught.value)
+    assert "data.columns={difficulty:COLUMN}" in str(caught.value)
+    with pytest.raises(ConfigError, match=r"exact_match .* no prompt of the data has one"):
+        strict.check(prompts(2, answer=None, difficulty=3))
+    trl = made(reward="reward_functions:like_trl", reward_workers=1)
+    trl.check(prompts(1))
+    with pytest.raises(ConfigError, match=r"needs answer.* There is prompts, completions, level"):
+        trl.check(prompts(1, answer=None, level=1))
+    # A pattern needs no answer.
+    made(reward="regex", reward_pattern="a", reward_workers=1).check(prompts(1, answer=None))
 
 
 def test_several_rewards_add_up_with_their_weights(made):
@@ -134,7 +159,7 @@ def test_several_rewards_add_up_with_their_weights(made):
 def test_regex(response, answer, expected):
     from distllm.rl.rewards.rules import regex
 
-    assert regex(response, answer, r"#### *(-?[0-9.,]+)") == expected
+    assert regex(response, r"#### *(-?[0-9.,]+)", answer) == expected
 
 
 def test_math_verify(made):

@@ -28,6 +28,14 @@ class Reward(Protocol):
     problems: dict[int, str]
     """Of the last call: place of a response -> what went wrong."""
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Refuse data that it could judge no response by, before anything is sampled.
+
+        Raises:
+            ConfigError: none of `prompts` has what it needs.
+        """
+        ...
+
     def score(
         self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], texts: Sequence[str]
     ) -> list[float]:
@@ -68,6 +76,11 @@ class WeightedSum:
         self.problems: dict[int, str] = {}
         self.means: dict[str, float] = {}
         """Of the last call: name -> mean of that function alone, over what it could score."""
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Let every part check the data."""
+        for _, _, reward in self.parts:
+            reward.check(prompts)
 
     def score(
         self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], texts: Sequence[str]

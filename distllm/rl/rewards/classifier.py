@@ -78,6 +78,9 @@ class Classifier:
         }
         return [v if math.isfinite(v) else math.nan for v in values]
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Nothing to refuse: it judges any text."""
+
     def close(self) -> None:
         """Nothing to give back: the engine is the run's."""
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from distllm.data.skills import exact_match
+from distllm.errors import ConfigError
 from distllm.registry import register
 from distllm.rl.rewards.base import RewardContext
 from distllm.types import Prompt, Rollout
@@ -25,6 +26,15 @@ class ExactMatch:
 
     def close(self) -> None:
         """Nothing to give back."""
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Refuse data without answers."""
+        if all(p.answer is None for p in prompts):
+            raise ConfigError(
+                "stage.reward=exact_match compares responses with the prompt's answer, and no prompt of the data has one. "
+                "Name its column with data.columns={answer:COLUMN}, or set stage.reward=MODULE:FUNCTION or "
+                "stage.reward_model=DIR."
+            )
 
     def score(
         self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], texts: Sequence[str]

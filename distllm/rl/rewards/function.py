@@ -12,7 +12,7 @@ class Function(PooledReward):
     """Called with the parameters it names: prompt, messages, response, answer, task, and further columns of the data.
 
     It returns a number, or None where it cannot tell. A function with a parameter `completions` is called as TRL calls
-    reward functions: lists (of one), prompts and completions as lists of messages.
+    reward functions: lists (of one); prompts and completions are texts where the data's prompt is a text, else lists of messages.
     """
 
     @classmethod

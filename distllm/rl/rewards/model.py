@@ -59,6 +59,9 @@ class RewardModel:
             batch_size=context.batch_size,
         )
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Nothing to refuse: it judges any text."""
+
     def close(self) -> None:
         """Nothing to give back: the engine is the run's."""
 

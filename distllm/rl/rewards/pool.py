@@ -116,12 +116,32 @@ class PooledReward:
         """
         options = context.options
         self.function, self.bound, self.imports = function, bound, imports
+        self.name = context.function or function
         self.log = context.log
         self.timeout_s = options.reward_timeout_s * attempts
         self.num_workers = options.reward_workers or min(MAX_WORKERS, available_cores())
         self.workers: list[_Worker] = []
         self.problems: dict[int, str] = {}
+        self.needs: list[str] = []
+        """Parameters that the function cannot be called without."""
         collectives.together(self._start_first)
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Refuse a function with a parameter that no prompt of the data has a column for."""
+        in_trl_form = "completions" in self.needs
+        have = (
+            ["prompts", "completions"]
+            if in_trl_form
+            else ["prompt", "messages", "response", "task"]
+        )
+        have += ["answer"] if any(p.answer is not None for p in prompts) else []
+        have += sorted({column for p in prompts for column in p.extra} - {*have})
+        lacking = [name for name in self.needs if name not in have]
+        if lacking:
+            raise ConfigError(
+                f"stage.reward={self.name} needs {', '.join(lacking)}, which the data does not have. There is "
+                f"{', '.join(have)}. Map a column with data.columns={{{lacking[0]}:COLUMN}}, or change the function."
+            )
 
     def score(
         self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], texts: Sequence[str]
@@ -157,12 +177,12 @@ class PooledReward:
             elif answers:
                 message = answers[0]
         if "ready" in message:
-            worker.ready = True
+            worker.ready, self.needs = True, message["needs"]
             return
         self.close()
         why = message.get("error", f"importing it took more than {START_TIMEOUT_S:.0f} s")
         raise ConfigError(
-            f"stage.reward={self.function} cannot be used: {why}. Give MODULE:FUNCTION, with the module importable "
+            f"stage.reward={self.name} cannot be used: {why}. Give MODULE:FUNCTION, with the module importable "
             "from the working directory or installed."
         )
 
@@ -231,5 +251,6 @@ def _line(prompt: Prompt, text: str) -> bytes:
         "answer": prompt.answer,
         "task": prompt.task,
         "extra": prompt.extra,
+        "is_text": prompt.is_text,
     }
     return json.dumps(sample, default=str).encode() + b"\n"

@@ -9,7 +9,7 @@ import urllib.request
 from typing import Any
 
 
-def regex(response: str, answer: str | None, pattern: str) -> float:
+def regex(response: str, pattern: str, answer: str | None = None) -> float:
     """Compare the last match of `pattern` in the response with the last one in the answer: 1 if equal, else 0.
 
     The first group counts, or the whole match. An answer without a match is compared as it is; without an answer any

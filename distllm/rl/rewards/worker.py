@@ -30,24 +30,34 @@ def load(name: str) -> Callable[..., Any]:
     return function
 
 
+def needed(function: Callable[..., Any]) -> list[str]:
+    """List the parameters that `function` cannot be called without."""
+    fixed = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in fixed]
+
+
 def call(function: Callable[..., Any], sample: Mapping[str, Any]) -> float:
     """Call `function` on one sample, by the names of its parameters.
 
     A function with a parameter `completions` is called as TRL calls it: every argument is a list (of one), prompts and
-    completions are lists of messages.
+    completions are texts where the data's prompt is a text, else lists of messages.
     """
     parameters = inspect.signature(function).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     if "completions" in parameters:
-        said = [[{"role": "assistant", "content": sample["response"]}]]
-        given = {"prompts": [sample["messages"]], "completions": said, "answer": [sample["answer"]]}
+        asked, said = sample["prompt"], sample["response"]
+        if not sample["is_text"]:
+            asked, said = sample["messages"], [{"role": "assistant", "content": said}]
+        given = {"prompts": [asked], "completions": [said], "answer": [sample["answer"]]}
         given |= {k: [v] for k, v in sample["extra"].items()}
         found = list(function(**{k: v for k, v in given.items() if takes_all or k in parameters}))
         if len(found) != 1:
             raise ValueError(f"{len(found)} rewards were returned for one completion")
         value = found[0]
     else:
-        given = {k: v for k, v in sample.items() if k != "extra"} | dict(sample["extra"])
+        given = {k: v for k, v in sample.items() if k not in ("extra", "is_text")}
+        given |= dict(sample["extra"])
         value = function(**{k: v for k, v in given.items() if takes_all or k in parameters})
     return math.nan if value is None else float(value)
 
@@ -71,11 +81,12 @@ def main() -> None:
         function = load(sys.argv[1])
         for module in sys.argv[3:]:
             importlib.import_module(module)
+        bound = json.loads(sys.argv[2])
+        needs = [p for p in needed(function) if p not in bound]
     except BaseException as error:  # whatever the user's module does at import
         answer(error=f"{type(error).__name__}: {error}")
         return
-    bound = json.loads(sys.argv[2])
-    answer(ready=True)
+    answer(ready=True, needs=needs)
     for line in sys.stdin:
         try:
             answer(value=call(function, json.loads(line) | bound))
