@@ -73,10 +73,9 @@ class Batch:
     old_values: Tensor | None = None
     """[batch, seq] float: values before this update."""
     margins: Tensor | None = None
-    """[pairs] float: by how much the chosen answer should win (reward models); rows are chosen first, then rejected."""
-
+    """[pairs] float: the lead that the chosen answer should have (reward models); rows are chosen, then rejected ones."""
     confidences: Tensor | None = None
-    """[pairs] float: probability that the chosen answer is the better one."""
+    """[pairs] float: probability that the chosen answer is better; by objectives, [pairs, objectives], NaN where not told."""
     is_good: Tensor | None = None
     """[batch] bool: whether the answer in this row is a good one."""
     ref_sums: Tensor | None = None
@@ -321,6 +320,13 @@ class Pair:
     """Where the rejected answer comes from: `corrupted`, `sampled`, or empty when unknown."""
     task: str = ""
     place: str = _place()
+
+
+@dataclass(slots=True, kw_only=True)
+class ComparedPair(Pair):
+    """Two answers compared by several objectives: name -> probability that the chosen one is better by it, where told."""
+
+    objectives: dict[str, float]
 
 
 @dataclass(slots=True, kw_only=True)

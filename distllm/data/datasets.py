@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
@@ -17,7 +17,7 @@ from distllm.data.source import Source
 from distllm.data.templates import check_template
 from distllm.data.tokenizer import encode_texts
 from distllm.errors import ConfigError, DataError
-from distllm.types import Dialogue, Pair, Prompt, Unpaired
+from distllm.types import ComparedPair, Dialogue, Pair, Prompt, Unpaired
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -44,6 +44,8 @@ class PairExample:
     sample_id: int
     margin: float = 0.0
     confidence: float = 1.0
+    objectives: Mapping[str, float] = field(default_factory=dict)
+    """Objective -> probability that the chosen answer is the better one by it; empty where none compares."""
     ref_logprobs: tuple[float, float] | None = None
     """Summed log-probabilities of both answers under a reference, where they were computed beforehand."""
 
@@ -271,6 +273,7 @@ class PairDataset(Encoded[PairExample]):
             index,
             record.margin,
             record.confidence,
+            record.objectives if isinstance(record, ComparedPair) else {},
         )
 
     def length(self, example: PairExample) -> int:

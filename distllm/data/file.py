@@ -27,6 +27,7 @@ from distllm.data.tail import cut_end
 from distllm.errors import ConfigError, DataError
 from distllm.registry import register
 from distllm.types import (
+    ComparedPair,
     Dialogue,
     Document,
     Labelled,
@@ -47,6 +48,7 @@ SERVED_BY: dict[type, tuple[str, ...]] = {
     Document: ("documents",),
     Dialogue: ("dialogues", "prompts"),
     Pair: ("pairs", "unpaired", "prompts"),
+    ComparedPair: ("compared", "pairs", "unpaired", "prompts"),
     Prompt: ("prompts", "dialogues"),
     Unpaired: ("unpaired", "prompts"),
     Labelled: ("labelled", "documents"),
@@ -110,6 +112,10 @@ class FileSource(Source):
     def pairs(self, split: str) -> list[Pair]:
         """Return the preference pairs."""
         return self._each(split, _only(Pair), "pairs")
+
+    def compared(self, split: str) -> list[ComparedPair]:
+        """Return the pairs that several objectives compare."""
+        return self._each(split, _only(ComparedPair), "compared")
 
     def prompts(self, split: str) -> list[Prompt]:
         """Return the prompts; a conversation's is all but its last message, which is the answer."""

@@ -15,7 +15,7 @@ from distllm.data.options import DataOptions
 from distllm.data.text_layout import TextLayout, encode_words, plain_text
 from distllm.data.tokenizer import encode_texts
 from distllm.errors import DataError
-from distllm.types import Labelled, Pair, Prompt, Stepwise, Tagged
+from distllm.types import ComparedPair, Labelled, Pair, Prompt, Stepwise, Tagged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -162,7 +162,14 @@ class JudgedDataset(_Verdicts):
         first, chosen = self.layout.encode(tok, prompt, record.chosen)
         _, rejected = self.layout.encode(tok, prompt, record.rejected)
         return PairExample(
-            first, chosen, rejected, record.kind, index, record.margin, record.confidence
+            first,
+            chosen,
+            rejected,
+            record.kind,
+            index,
+            record.margin,
+            record.confidence,
+            record.objectives if isinstance(record, ComparedPair) else {},
         )
 
     def length(self, example: PairExample) -> int:

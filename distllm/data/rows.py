@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from distllm.data.graded import read_steps
+from distllm.data.columns import boolean_of, label_of, number_of, string_of
+from distllm.data.graded import read_objectives, read_steps
 from distllm.data.messages import (
     check_last,
     check_string,
@@ -26,6 +27,7 @@ from distllm.data.messages import (
     shown,
 )
 from distllm.types import (
+    ComparedPair,
     Dialogue,
     Document,
     Labelled,
@@ -161,7 +163,7 @@ def _said(messages: list[dict[str, str]]) -> list[str]:
 
 
 def _text(row: Columns, key: str) -> Document:
-    return Document(text=_string(row, key))
+    return Document(text=string_of(row, key))
 
 
 def _pair(row: Columns) -> Pair:
@@ -172,46 +174,52 @@ def _pair(row: Columns) -> Pair:
     prompt = _with_system(row, prompt)
     if good == bad:
         raise ValueError(f"chosen and rejected are the same: {good[:50]!r}")
-    confidence = _number(row, "confidence", 1.0)
+    confidence = number_of(row, "confidence", 1.0)
     if not 0.5 <= confidence <= 1:
         raise ValueError(f"confidence is {confidence:g}, must be from 0.5 to 1")
     return Pair(
         prompt=prompt,
         chosen=good,
         rejected=bad,
-        margin=_number(row, "margin", 0.0),
+        margin=number_of(row, "margin", 0.0),
         confidence=confidence,
-        kind=_label(row, "kind"),
-        task=_label(row, "task"),
+        kind=label_of(row, "kind"),
+        task=label_of(row, "task"),
     )
+
+
+def _compared(row: Columns) -> ComparedPair:
+    pair = _pair(row)
+    values = {f.name: getattr(pair, f.name) for f in fields(pair)}
+    return ComparedPair(**values, objectives=read_objectives(row["objectives"]))
 
 
 def _unpaired(row: Columns, label: str = "label") -> Unpaired:
     prompt = read_prompt(row["prompt"], "prompt")
     completion = read_answer(prompt, row["completion"], "completion")
-    good = _boolean(row, label)
-    return Unpaired(prompt=prompt, completion=completion, good=good, task=_label(row, "task"))
+    good = boolean_of(row, label)
+    return Unpaired(prompt=prompt, completion=completion, good=good, task=label_of(row, "task"))
 
 
 def _tagged_alpaca(row: Columns) -> Unpaired:
     said = _alpaca(row).messages
-    good = _boolean(row, "kto_tag")
+    good = boolean_of(row, "kto_tag")
     return Unpaired(prompt=said[:-1], completion=said[-1]["content"], good=good)
 
 
 def _tagged_conversation(row: Columns, key: str) -> Unpaired:
     said = _with_system(row, read_messages(row[key], key))
     check_last(said, key, assistant=True)
-    good = _boolean(row, "kto_tag")
+    good = boolean_of(row, "kto_tag")
     return Unpaired(prompt=said[:-1], completion=said[-1]["content"], good=good)
 
 
 def _answered(row: Columns, key: str) -> Prompt:
     return Prompt(
         messages=_with_system(row, read_prompt(row[key], key)),
-        answer=_string(row, "answer"),
+        answer=string_of(row, "answer"),
         extra=_others(row, key, "answer"),
-        task=_label(row, "task"),
+        task=label_of(row, "task"),
         is_text=is_text(row[key]),
     )
 
@@ -220,7 +228,7 @@ def _prompt_only(row: Columns) -> Prompt:
     return Prompt(
         messages=_with_system(row, read_prompt(row["prompt"], "prompt")),
         extra=_others(row, "prompt"),
-        task=_label(row, "task"),
+        task=label_of(row, "task"),
         is_text=is_text(row["prompt"]),
     )
 
@@ -233,7 +241,7 @@ def _prompt_completion(row: Columns) -> Dialogue:
     if any(m["role"] == "assistant" for m in before):
         places = enumerate(answers, start=len(before))
         learned = [i for i, m in places if m["role"] == "assistant"]
-    said, task = [*before, *answers], _label(row, "task")
+    said, task = [*before, *answers], label_of(row, "task")
     return Dialogue(messages=said, learned=learned, task=task, is_text=is_text(row["prompt"]))
 
 
@@ -244,7 +252,7 @@ def _conversation(row: Columns, key: str) -> Dialogue:
     with_system = _with_system(row, messages)
     if learned is not None:
         learned = [i + len(with_system) - len(messages) for i in learned]
-    return Dialogue(messages=with_system, learned=learned, task=_label(row, "task"))
+    return Dialogue(messages=with_system, learned=learned, task=label_of(row, "task"))
 
 
 def _alpaca(row: Columns) -> Dialogue:
@@ -255,9 +263,11 @@ def _alpaca(row: Columns) -> Dialogue:
             raise ValueError(f"history[{number}] is {shown(turn)}, must be a question and answer")
         for role, text in zip(("user", "assistant"), turn, strict=True):
             before.append({"role": role, "content": check_string(text, f"history[{number}]")})
-    answer = {"role": "assistant", "content": _string(row, "output")}
+    answer = {"role": "assistant", "content": string_of(row, "output")}
     asked = {"role": "user", "content": _instruction(row)}
-    return Dialogue(messages=_with_system(row, [*before, asked, answer]), task=_label(row, "task"))
+    return Dialogue(
+        messages=_with_system(row, [*before, asked, answer]), task=label_of(row, "task")
+    )
 
 
 def _labelled(row: Columns, *keys: str) -> Labelled:
@@ -271,7 +281,7 @@ def _labelled(row: Columns, *keys: str) -> Labelled:
     if isinstance(label, str):
         check_string(label, "label")
     pair = [key for key in ("text_pair",) if key in row and keys == ("text",)]
-    return Labelled(texts=[_string(row, key) for key in (*keys, *pair)], label=label)
+    return Labelled(texts=[string_of(row, key) for key in (*keys, *pair)], label=label)
 
 
 def _tagged(row: Columns, key: str) -> Tagged:
@@ -291,7 +301,7 @@ def _tagged(row: Columns, key: str) -> Tagged:
 
 
 def _parallel(row: Columns) -> Parallel:
-    return Parallel(source=_string(row, "source"), target=_string(row, "target"))
+    return Parallel(source=string_of(row, "source"), target=string_of(row, "target"))
 
 
 def _bound(make: Callable[..., Record], *arguments: str) -> Callable[[Columns], Record]:
@@ -299,6 +309,9 @@ def _bound(make: Callable[..., Record], *arguments: str) -> Callable[[Columns], 
 
 
 _FORMS = [
+    Form(
+        ("chosen", "rejected", "objectives"), "pairs compared by objective", ComparedPair, _compared
+    ),
     Form(("chosen", "rejected"), "preference pairs", Pair, _pair),
     Form(
         ("prompt", "completions", "labels"), "solutions judged step by step", Stepwise, read_steps
@@ -349,8 +362,8 @@ def _prompt_before(row: Columns) -> list[dict[str, str]]:
 def _instruction(row: Columns) -> str:
     """Join an Alpaca instruction with its input, if it has one."""
     extra = row.get("input")
-    asked = _string(row, "instruction")
-    return f"{asked}\n{_string(row, 'input')}" if extra not in (None, "") else asked
+    asked = string_of(row, "instruction")
+    return f"{asked}\n{string_of(row, 'input')}" if extra not in (None, "") else asked
 
 
 def _with_system(row: Columns, messages: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -364,36 +377,3 @@ def _with_system(row: Columns, messages: list[dict[str, str]]) -> list[dict[str,
 def _others(row: Columns, *used: str) -> dict[str, Any]:
     """Return the columns that a record has no field for."""
     return {k: v for k, v in row.items() if k not in (*used, "task", "system")}
-
-
-def _string(row: Columns, key: str) -> str:
-    return check_string(row[key], key)
-
-
-def _label(row: Columns, key: str) -> str:
-    value = row.get(key)
-    return "" if value is None else check_string(value, key, empty=True)
-
-
-def _number(row: Columns, key: str, default: float) -> float:
-    value = row.get(key)
-    if value is None:
-        return default
-    if isinstance(value, str):  # a table of texts
-        try:
-            value = float(value)
-        except ValueError:
-            raise ValueError(f"{key} is {shown(value)}, must be a number") from None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{key} is {shown(value)}, must be a finite number")
-    return float(value)
-
-
-def _boolean(row: Columns, key: str) -> bool:
-    value = row[key]
-    words = {"true": True, "1": True, "false": False, "0": False}
-    if isinstance(value, str) and value.lower() in words:
-        return words[value.lower()]
-    if value in (True, False) and isinstance(value, bool | int):
-        return bool(value)
-    raise ValueError(f"{key} is {shown(value)}, must be true (good) or false (bad)")

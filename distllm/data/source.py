@@ -11,6 +11,7 @@ from distllm.data.options import DataOptions
 from distllm.errors import ConfigError
 from distllm.registry import get
 from distllm.types import (
+    ComparedPair,
     Dialogue,
     Document,
     Labelled,
@@ -30,6 +31,7 @@ KINDS = {
     "documents": "stage=pretrain",
     "dialogues": "stage=sft",
     "pairs": "stage=reward or stage=dpo",
+    "compared": "stage=multi_reward",
     "unpaired": "stage=kto",
     "prompts": "stage=ppo or stage=grpo",
     "labelled": "stage=classify",
@@ -67,6 +69,10 @@ class Source:
     def pairs(self, split: str) -> list[Pair]:
         """Return the preference pairs of `split`."""
         raise self.cannot_serve("pairs")
+
+    def compared(self, split: str) -> list[ComparedPair]:
+        """Return the pairs of `split` that several objectives compare."""
+        raise self.cannot_serve("compared")
 
     def prompts(self, split: str) -> list[Prompt]:
         """Return the prompts of `split`."""

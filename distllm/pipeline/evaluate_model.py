@@ -15,6 +15,7 @@ from distllm.pipeline.agreement import sampling_agreement
 from distllm.pipeline.build import Builder
 from distllm.pipeline.judge import judge
 from distllm.pipeline.measure import heldout_pairs, measure_dialogues, measure_pairs
+from distllm.pipeline.multi_reward import measure_objectives
 from distllm.pipeline.pretraining import measure_texts
 from distllm.pipeline.process import measure_steps
 from distllm.pipeline.verdicts import measure_labelled, measure_tagged
@@ -57,6 +58,8 @@ def _evaluate(config: Config) -> dict[str, Any]:
         more = sampling_agreement(builder, engine) if "prompts" in serves else {}
     elif model.head_name == "classify" and "labelled" in serves:
         measure = measure_labelled(builder, engine, model.label_names)
+    elif model.head_name == "classify" and "compared" in serves:
+        measure = measure_objectives(builder, engine, model.label_names)
     elif model.head_name == "tag" and "stepwise" in serves:
         measure = measure_steps(builder, engine)
     elif model.head_name == "tag" and "tagged" in serves:
@@ -65,6 +68,7 @@ def _evaluate(config: Config) -> dict[str, Any]:
         raise ConfigError(
             f"data={config.data.name} serves {', '.join(serves)}; a model with the head {model.head_name} cannot be "
             "measured on these. A reward model needs pairs, a language model documents or dialogues, a classifier labelled texts, a "
+            "judge by several objectives compared pairs, a "
             "tagger tagged words, a judge of steps solutions in steps."
         )
     metrics, _ = measure()

@@ -128,6 +128,8 @@ def build(builder: Builder) -> Parts:
         known = [r for r in rewards if math.isfinite(r)]
         metrics["eval/reward"] = sum(known) / len(known) if known else 0.0
         metrics["eval/rewards"] = rewards
+        means: dict[str, float] = getattr(reward, "means", {})
+        metrics |= {f"eval/reward/{name}": mean for name, mean in means.items()}
         metrics["eval/response_length"] = sum(len(r.response_ids) for r in sampled.rollouts) / len(
             rewards
         )

@@ -13,7 +13,7 @@ from distllm.data.datasets import ChatDataset
 from distllm.engines.base import Engine
 from distllm.errors import CheckpointError, ConfigError
 from distllm.objectives.reward import Reward
-from distllm.pipeline import preferences, pretraining, process, verdicts
+from distllm.pipeline import multi_reward, preferences, pretraining, process, verdicts
 from distllm.pipeline.build import Builder, Parts
 from distllm.pipeline.measure import (
     heldout_pairs,
@@ -36,6 +36,7 @@ def build(builder: Builder) -> Parts:
         "pretrain": pretraining.build,
         "sft": _sft,
         "reward": _reward,
+        "multi_reward": multi_reward.build,
         "classify": verdicts.build_classify,
         "tag": verdicts.build_tag,
         "process": process.build,

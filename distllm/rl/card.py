@@ -33,6 +33,7 @@ OFF = "off: change one thing at a time"
 SHARED_SOURCES: Mapping[str, str] = {
     "reward": "the rule, unless a reward model is given",
     "reward_model": "none, unless given",
+    "reward_weights": "none: a reward model has one score, unless it has several objectives",
     "reward_label": "the last class: `positive` in most sentiment models",
     "reward_reads": "what a chat template or, without one, a continuation calls for",
     "reward_pattern": "none, unless given",

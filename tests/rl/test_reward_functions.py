@@ -162,6 +162,13 @@ def test_regex(response, answer, expected):
     assert regex(response, r"#### *(-?[0-9.,]+)", answer) == expected
 
 
+def test_format_asks_for_a_match_whatever_it_says(made):
+    reward = made(reward="regex + 0.5*format", reward_pattern=r"#### (\d+)", reward_workers=1)
+    scores = reward.score(prompts(3, answer="12"), [], ["#### 12", "#### 13", "12"])
+    assert scores == [1.5, 0.5, 0.0]
+    assert reward.means == {"regex": 1 / 3, "format": 2 / 3}
+
+
 def test_math_verify(made):
     pytest.importorskip("math_verify")
     reward = made(reward="math_verify", reward_workers=1, reward_timeout_s=120.0)
@@ -219,6 +226,7 @@ def test_an_endpoint_that_gives_no_reward_is_quoted(answer):
         ({"reward": "exact_match + exact_match"}, ["twice"]),
         ({"reward": "much*exact_match"}, ["'much' is not a weight"]),
         ({"reward": "regex"}, ["reward_pattern=''"]),
+        ({"reward": "format", "reward_pattern": "("}, ["no regular expression"]),
         ({"reward": "regex", "reward_pattern": "("}, ["no regular expression"]),
         ({"reward": "http", "reward_url": "example.org"}, ["no address"]),
     ],

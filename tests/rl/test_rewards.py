@@ -94,7 +94,10 @@ def test_item_21_model_scores(head):
     for old, new in [
         ("zip(chosen, verdicts, strict=True)", "zip(chosen[::-1], verdicts, strict=True)"),
         ("zip(chosen, verdicts, strict=True)", "zip(places, verdicts, strict=True)"),
-        ("self.engine.infer(score, batch)", "self.engine.infer(score, without_mask(batch))"),
+        (
+            "self.engine.infer(self._verdicts, batch)",
+            "self.engine.infer(self._verdicts, without_mask(batch))",
+        ),
     ]:
         if "without_mask" in new and head == "likelihood":
             continue  # right padding is behind everything that counts

@@ -1,6 +1,6 @@
 """Settings of what scores responses, shared by every RL algorithm."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(kw_only=True, slots=True)
@@ -9,12 +9,14 @@ class RewardingOptions:
 
     reward: str = "auto"
     """What scores a response: `exact_match` (the prompt's answer), `regex` (what `reward_pattern` finds, against the
-    answer), `math_verify` (mathematical equality with the answer), `MODULE:FUNCTION` (any Python function), `http`
-    (`reward_url`), `model` (a reward model on the sampled ids), `classifier` (a sequence classifier with its own
-    tokenizer, on the text), or `auto`: `model` if `reward_model` is set, else `exact_match`. Several with weights:
-    `math_verify + 0.2*my_rewards:brevity`."""
+    answer), `format` (whether `reward_pattern` is found at all), `math_verify` (mathematical equality with the answer),
+    `MODULE:FUNCTION` (any Python function), `http` (`reward_url`), `model` (a reward model on the sampled ids),
+    `classifier` (a sequence classifier with its own tokenizer, on the text), or `auto`: `model` if `reward_model` is
+    set, else `exact_match`. Several with weights: `math_verify + 0.2*my_rewards:brevity`."""
     reward_model: str = ""
     """Directory of the reward model or classifier."""
+    reward_weights: dict[str, float] = field(default_factory=dict)
+    """`model`, trained with `stage=multi_reward`: what each objective's score counts, as in {helpful: 1, harmless: 0.5}."""
     reward_label: str = ""
     """Class whose probability is the classifier's reward, by name or number; empty takes the score of a model with
     one output, or the last class."""
@@ -22,7 +24,7 @@ class RewardingOptions:
     """What the classifier reads: the `response` alone, prompt and response `joined` to one text, as a `pair`, or as a
     `dialogue` in its chat template; `auto` is `dialogue` where it has a template, else `joined`."""
     reward_pattern: str = ""
-    """Regular expression of `regex`; its first group, or all of it, is compared. The last match counts."""
+    """Regular expression of `regex` and `format`. `regex` compares its first group, or all of it; the last match counts."""
     reward_url: str = ""
     """Address of `http`: it gets prompt, response, answer as JSON and answers {"reward": NUMBER}."""
     reward_retries: int = 2

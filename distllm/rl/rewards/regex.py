@@ -17,14 +17,23 @@ class Regex(PooledReward):
     @classmethod
     def build(cls, context: RewardContext) -> Regex:
         """Check the pattern and start a process."""
-        pattern = context.options.reward_pattern
-        try:
-            if not pattern:
-                raise re.error("it is empty")
-            re.compile(pattern)
-        except re.error as error:
-            raise ConfigError(
-                f"stage.reward_pattern={pattern!r} is no regular expression: {error}. For answers like `#### 12` type "
-                "stage.reward_pattern='#### *(-?[0-9.,]+)'."
-            ) from None
-        return cls("distllm.rl.rewards.rules:regex", context, pattern=pattern)
+        return cls("distllm.rl.rewards.rules:regex", context, pattern=checked_pattern(context))
+
+
+def checked_pattern(context: RewardContext) -> str:
+    """Return `stage.reward_pattern`.
+
+    Raises:
+        ConfigError: it is empty, or no regular expression.
+    """
+    pattern = context.options.reward_pattern
+    try:
+        if not pattern:
+            raise re.error("it is empty")
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(
+            f"stage.reward_pattern={pattern!r} is no regular expression: {error}. For answers like `#### 12` type "
+            "stage.reward_pattern='#### *(-?[0-9.,]+)'."
+        ) from None
+    return pattern

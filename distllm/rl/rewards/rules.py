@@ -23,6 +23,11 @@ def regex(response: str, pattern: str, answer: str | None = None) -> float:
     return float(_plain(found) == _plain(_last(answer, pattern) or answer))
 
 
+def has_form(response: str, pattern: str) -> float:
+    """Return 1 if the response holds a match of `pattern`, else 0."""
+    return float(_last(response, pattern) is not None)
+
+
 def math_verify(response: str, answer: str | None) -> float | None:
     """Return 1 if the response states the mathematical value of the answer, else 0; None without a usable answer."""
     if answer is None:
