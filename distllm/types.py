@@ -1,7 +1,4 @@
-"""The words every folder shares: batches, rollouts, losses, ranks, and what a model and an objective must offer.
-
-Shapes are written `[batch, seq]`; masks are True where a token takes part. Nothing here computes.
-"""
+"""The words every folder shares. Shapes are written `[batch, seq]`; masks are True where a token takes part."""
 
 from __future__ import annotations
 
@@ -41,8 +38,7 @@ class Batch:
     prefix_lengths: Tensor | None = None
     """[batch] int64: the tokens at the start of each row that all its tokens see."""
     decoder_input_ids: Tensor | None = None
-    """[batch, target_seq] int64: what a decoder beside an encoder reads; `labels` and all per-token fields are then
-    [batch, target_seq] too."""
+    """[batch, target_seq] int64: what a decoder beside an encoder reads; all per-token fields are then of that shape."""
     decoder_attention_mask: Tensor | None = None
     """[batch, target_seq] bool."""
     decoder_segment_ids: Tensor | None = None
@@ -54,8 +50,7 @@ class Batch:
     rewards: Tensor | None = None
     """[responses] float: one score per response; responses are the rows unless `response_index` says otherwise."""
     total: Tensor | None = None
-    """Scalar: what sums over the responses are divided by, those that were left out for want of a gradient included;
-    None where none was."""
+    """Scalar: what sums over the responses are divided by, if some were left out for want of a gradient: these included."""
     response_index: Tensor | None = None
     """[batch, seq] int64: which response a labelled position belongs to (0 where there is no label)."""
     loss_mask: Tensor | None = None
@@ -300,8 +295,7 @@ class Dialogue:
     learned: list[int] | None = None
     """Which of the assistant's messages are learned from, by index; None means all of them."""
     task: str = ""
-    is_text: bool = field(default=False, compare=False, repr=False)
-    """The row's prompt was a text, not messages: reward functions in TRL's form then get texts."""
+    is_text: bool = field(default=False, compare=False, repr=False)  # as in Prompt
     place: str = _place()
 
 
@@ -324,7 +318,7 @@ class Pair:
 
 @dataclass(slots=True, kw_only=True)
 class ComparedPair(Pair):
-    """Two answers compared by several objectives: name -> probability that the chosen one is better by it, where told."""
+    """Two answers compared by several objectives: name -> probability that the chosen one is better, where told."""
 
     objectives: dict[str, float]
 
