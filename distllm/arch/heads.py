@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from distllm.arch.options import TransformerOptions
 from distllm.arch.pooling import Transform
 from distllm.arch.verdict_heads import ClassifyHead, LastTokenHead, NoHead, Normalised, TagHead
+from distllm.errors import ConfigError
 from distllm.layers.chunked_logprobs import chunked_logprobs, chunked_normalisers
 from distllm.layers.cross_entropy import (
     linear_cross_entropy,
@@ -29,7 +30,8 @@ from distllm.layers.cross_entropy import (
 from distllm.layers.init import InitRules
 from distllm.layers.liger_loss import CHUNKED
 from distllm.layers.precision import wide
-from distllm.layers.vocabulary import whole
+from distllm.layers.sampled_softmax import sampled_cross_entropy
+from distllm.layers.vocabulary import split_of, whole
 from distllm.types import IGNORE_INDEX, Batch, ModelOutput
 
 
@@ -96,18 +98,29 @@ class LMHead(nn.Module):
         """Apply the output matrix to [..., d_model]."""
         return F.linear(prepared, whole(self.projection), self.bias)
 
-    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, hidden: Tensor, labels: Tensor, num_sampled: int = 0) -> Tensor:
         """Sum the cross-entropy over labelled positions.
 
         Args:
             hidden: [batch, seq, d_model].
             labels: [batch, seq]: the id position t must predict, IGNORE_INDEX where there is none.
+            num_sampled: above 0: take the softmax over the labels and so many other words, see `sampled_softmax.py`.
 
         Returns:
             Scalar; 0 with a graph attached when nothing is labelled.
+
+        Raises:
+            ConfigError: part of the words is asked for, and the logits are more than a product with one whole matrix.
         """
         hidden, labels, _ = _labelled(hidden, labels)
         prepared = self._prepare(hidden)
+        if num_sampled:
+            if not self.is_plain or split_of(self.projection) is not None:
+                raise ConfigError(
+                    f"stage.sampled_words={num_sampled} needs an output matrix that lies whole on each process, without "
+                    "bias or soft-cap behind it. Set stage.sampled_words=0."
+                )
+            return sampled_cross_entropy(prepared, self.projection, labels, num_sampled)
         if self.is_plain:
             return linear_cross_entropy(prepared, self.projection, labels, self.loss_kernel)
         return -chunked_logprobs(self._project, prepared, labels)[0].sum()

@@ -119,6 +119,11 @@ def _objective_problems(stage: PretrainOptions, objective: str) -> list[str]:
                 f"stage.{key}={value} is for {' and '.join(readers)}, and stage.objective={objective} does not read it. "
                 f"Leave it out (default: {default})."
             )
+    if stage.sampled_words and stage.z_loss:
+        problems.append(
+            f"stage.sampled_words={stage.sampled_words} leaves most words out of the softmax, whose whole sum "
+            f"stage.z_loss={stage.z_loss:g} weighs. Set stage.sampled_words=0 or stage.z_loss=0."
+        )
     for objective_of, first, second, what in _SHARES:
         total = getattr(stage, first) + getattr(stage, second)
         if objective == objective_of and total > 1 + 1e-9:

@@ -104,7 +104,7 @@ _RULES: dict[Rule, str] = {
         arch.num_experts arch.balance_coef arch.router_z_coef train.eval_every_steps train.max_skipped_steps train.max_rollbacks
         hardware.threads
         optim.weight_decay optim.max_grad_norm schedule.warmup_steps generation.temperature generation.top_k
-        stage.z_loss stage.neftune_alpha data.limit engine.mesh.dp_shard""",
+        stage.z_loss stage.sampled_words stage.neftune_alpha data.limit engine.mesh.dp_shard""",
     POSITIVE: """
         generation.repetition_penalty
         hardware.memory_gib hardware.memory_gb_per_s hardware.node_gb_per_s hardware.network_gb_per_s

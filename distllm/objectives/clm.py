@@ -40,7 +40,12 @@ class CLM:
 
     def loss(self, model: Model, batch: Batch) -> LossOutput:
         """Sum the losses without ever holding all logits."""
-        return lm_loss(model, batch, getattr(self.options, "z_loss", 0.0))
+        num_sampled = getattr(self.options, "sampled_words", 0)
+        if not num_sampled:
+            return lm_loss(model, batch, getattr(self.options, "z_loss", 0.0))
+        out = model(**batch.inputs(), compute_logits=False)
+        loss = model.head.loss(out.last_hidden_state, batch.labels, num_sampled)
+        return LossOutput({"lm": loss, **(out.aux or {})})
 
 
 def lm_loss(

@@ -38,6 +38,10 @@ class PretrainOptions:
     """Least share of a text that is hidden then, the most is all of it (blank). GLM-10B: 0.25."""
     z_loss: float = 0.0
     """Weight of log(Z)^2 per token, which keeps the logits from drifting; PaLM: 1e-4 (all objectives)."""
+    sampled_words: int = 0
+    """Words drawn to stand for all that are no target of the batch, in the softmax of the training loss (clm); 0 takes the
+    softmax over all words, as held-out loss always does. Worth it where a small model has a large vocabulary; more are
+    nearer to the exact loss. The meters count the operations of the whole softmax."""
     fim_rate: float = 0.0
     """Share of the documents that are reordered to prefix, suffix, middle, to learn to fill gaps (clm)."""
     fim_spm_rate: float = 0.5
@@ -55,6 +59,7 @@ READ_BY = {
     "sentence_share": ("blank",),
     "document_share": ("blank",),
     "min_document_span": ("blank",),
+    "sampled_words": ("clm",),
     "fim_rate": ("clm",),
     "fim_spm_rate": ("clm",),
 }

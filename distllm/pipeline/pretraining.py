@@ -101,7 +101,8 @@ def _learn(builder: Builder, model: Any, split: str) -> tuple[Any, Any]:
 
 def _without_extras(stage: Any) -> Any:
     """Return the settings that held-out text is measured with: as it is, and without what only helps training."""
-    off = {name: 0.0 for name in ("z_loss", "fim_rate") if getattr(stage, name, 0)}
+    extras = ("z_loss", "fim_rate", "sampled_words")
+    off = {name: 0 for name in extras if getattr(stage, name, 0)}
     return replace(stage, **off) if off else stage
 
 

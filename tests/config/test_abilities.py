@@ -19,6 +19,8 @@ from distllm.objectives.options import PRETRAINING, READ_BY, PretrainOptions
         (["arch=llama_tiny", "stage.objective=span"], "arch=decoder can learn. Set stage.objective to clm or prefix"),
         (["arch=t5_tiny", "stage.objective=mlm"], "to span or ul2 or prefix"),
         (["arch=glm_tiny", "stage.objective=clm"], "to blank or prefix"),
+        (["arch=bert_tiny", "stage.sampled_words=9"], "stage.sampled_words=9 is for clm, and stage.objective=mlm does"),
+        (["arch=lstm_tiny", "stage.sampled_words=9", "stage.z_loss=1e-4"], "Set stage.sampled_words=0 or stage.z_loss=0"),
         (["arch=bert_tiny", "stage=sft", "data=skills"], "stage=sft: arch=encoder does not write text"),
         (["arch=bert_tiny", "stage=reward", "data=skills", "stage.head=likelihood"], "Set stage.head=last"),
         (["arch=t5_tiny", "stage=tag", "data=file", "data.path=x"], "stage=tag labels tokens of the input"),

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from patched import with_bug
 
-from distllm.layers import chunked_logprobs, cross_entropy
+from distllm.layers import chunked_logprobs, cross_entropy, sampled_softmax
 from distllm.layers.cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_z,
@@ -182,3 +183,29 @@ def test_z_loss_against_torch(sizes, kind, monkeypatch):
         (expected, normaliser.square().sum(), *grads),
         1e-8,
     )
+
+
+def test_all_words_sampled_give_the_exact_loss():
+    hidden, weight, labels = case()
+    got = sampled_softmax.sampled_cross_entropy(hidden, weight, labels, VOCAB)
+    expected = F.cross_entropy(hidden @ weight.t(), labels, reduction="sum")
+    assert_same([got], [expected])
+    both = (torch.autograd.grad(x, (hidden, weight)) for x in (got, expected))
+    assert_same(*both)
+
+
+@pytest.mark.parametrize(
+    "bug", [None, (".log()", ""), ("others[torch.randperm", "others[torch.arange")]
+)
+def test_the_normaliser_of_sampled_words_is_unbiased(bug):
+    """Mean over draws against the exact one, in standard errors of the mean."""
+    module = with_bug(sampled_softmax, *bug) if bug else sampled_softmax
+    hidden, weight, labels = case(vocab=300)
+    hidden = 0.3 * hidden[:1].detach()
+    label = labels[:1]
+    logits = (hidden @ weight.t())[0]
+    torch.manual_seed(1)
+    losses = [module.sampled_cross_entropy(hidden, weight, label, 20) for _ in range(800)]
+    normalisers = (torch.stack(losses) + logits[label]).exp()
+    error = (normalisers.mean() - logits.exp().sum()) / (normalisers.std() / len(losses) ** 0.5)
+    assert (abs(error) < 3) == (bug is None)
