@@ -60,8 +60,13 @@ class MicroBatch:
         return self.element if self.element < _FP32 and self.casts_head else 0
 
     @property
+    def head_gradient(self) -> int:
+        """Bytes of a number of the output matrix's gradient, once it is all there: as many as its weight has."""
+        return _FP32 if self.casts_head else self.element
+
+    @property
     def copies(self) -> int:
-        """The same for a block's weights."""
+        """Bytes per weight of a block's copies in the dtype of the arithmetic."""
         return self.element if self.element < _FP32 and self.casts_blocks else 0
 
 
@@ -197,7 +202,7 @@ def moments(shape: ModelShape, work: MicroBatch) -> list[Moment]:
     cached = shape.n_layers * block.copies if recomputes else 0
     hidden = e * tokens * d
 
-    head = 0 if shape.is_frozen else _FP32 * shape.head_multiplied // work.tp
+    head = 0 if shape.is_frozen else work.head_gradient * shape.head_multiplied // work.tp
     waiting = head if shape.tied else 0
     loss_forward, loss_backward = loss_bytes(shape, work)
     inner = e * tokens * shape.d_ff // work.tp
@@ -212,7 +217,7 @@ def moments(shape: ModelShape, work: MicroBatch) -> list[Moment]:
     trained = sum(map(math.prod, shape.trained_block))
     half = down * (3 if shape.gated else 2) + shape.q_width * shape.d_model
 
-    embedded = _FP32 * shape.embedding_multiplied // work.tp + 2 * waiting
+    embedded = work.head_gradient * shape.embedding_multiplied // work.tp + 2 * waiting
     embedded = 0 if shape.is_frozen else embedded
 
     layers = shape.n_layers
@@ -286,5 +291,5 @@ def loss_bytes(shape: ModelShape, work: MicroBatch) -> tuple[int, int]:
         # Beside a chunk: its widened slices, or the next chunk, or its share of the matrix's gradient.
         slices = (2 if e < _FP32 else 1) * _FP32 * part * vocab
         forward = fixed + chunk + max(slices, following, e * trained)
-    backward = 2 * hidden + 2 * _FP32 * trained
+    backward = 2 * hidden + (_FP32 + work.head_gradient) * trained
     return forward, backward

@@ -120,28 +120,24 @@ def _zero_memory(
         return RankMemory(weights=lowered, host=host, communication=zero.gathered,
                           peak=lowered + zero.gathered, worst="forward")  # fmt: skip
     found = moments or formulas(shape, work)
-    weights, optimizer, at_update = lowered + zero.master, MOMENTS * zero.master, zero.at_update
+    weights, optimizer = lowered + zero.master, MOMENTS * zero.master
     if layout.offload_optimizer:
-        host += zero.master + optimizer + _FP32 * zero.share
-        weights, optimizer, at_update = lowered, 0, 0
-
-    def total(moment: Moment) -> int:
-        return moment.total + zero.at(moment) + zero.gradients_at(moment)
-
-    worst = max(found, key=total)
-    most, name = total(worst), worst.name
-    if at_update > most:
-        most, name = at_update, "update"
+        host += zero.master + optimizer + zero.host
+        weights, optimizer = lowered, 0
+    beside = {m.name: m.total + zero.at(m) + zero.gradients_at(m) for m in found}
+    beside["sum of gradients"] = zero.after_backward + zero.buffers_after_backward
+    beside["update"] = zero.at_update + zero.buffers_at_update
+    worst = max(beside, key=lambda name: beside[name])
     return RankMemory(
         weights=weights,
-        gradients=max(at_update, zero.after_backward),
+        gradients=max(zero.at_update, zero.after_backward),
         optimizer=optimizer,
         activations=max(m.activations for m in found),
         logits=max(m.logits for m in found),
-        working=max(m.total + zero.at(m) for m in found),
-        communication=max(map(zero.at, found)),
-        peak=weights + optimizer + most,
-        worst=name,
+        working=max(*(m.total + zero.at(m) for m in found), zero.buffers_after_backward),
+        communication=max(*map(zero.at, found), zero.buffers_after_backward),
+        peak=weights + optimizer + beside[worst],
+        worst=worst,
         host=host,
     )
 

@@ -38,19 +38,22 @@ class StorageTracker(TorchDispatchMode):
         super().__init__()
         self.peaks: dict[str, int] = {}
         """Class -> most bytes, each class at its own worst moment; with `activations` (what has no owner), `working`
-        (those and `communication` together) and `total`."""
+        (those and `communication` together) and `total`, which leaves out what is meant for the host (`host`)."""
         self._lasting, self._passing = lasting, passing
         self._live: dict[int, tuple[weakref.ref[Any], int]] = {}
         self._class_of: dict[int, str] = {}
-        self._is_counting = False
+        self._is_counting = self._has_grown = False
         for group in (*lasting().values(), *passing().values()):
             self._watch(group)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if self._has_grown and self._is_counting:
+            self._measure()  # by now what the last operation made has been put in its place
         out = func(*args, **(kwargs or {}))
-        if self._watch(tree_iter(out)) and self._is_counting:
+        self._has_grown = self._watch(tree_iter(out))
+        if self._has_grown and self._is_counting:
             self._measure()
         return out
 
@@ -86,7 +89,7 @@ class StorageTracker(TorchDispatchMode):
         for key, size in sizes.items():
             name = self._class_of.get(key, "activations")
             classes[name] = classes.get(name, 0) + size
-        total = sum(classes.values())
+        total = sum(classes.values()) - classes.get("host", 0)
         working = classes.get("activations", 0) + classes.get("communication", 0)
         for name, size in (*classes.items(), ("total", total), ("working", working)):
             self.peaks[name] = max(size, self.peaks.get(name, 0))
@@ -108,15 +111,17 @@ def measure_steps(engine: Any, objective: Any, micro_batches: Sequence[Batch]) -
         state = engine.optimizer.state if engine.optimizer is not None else {}
         state = engine._moments() if zero(engine) else state
         values = (getattr(b, f.name) for b in micro_batches for f in fields(b))
+        own = zero(engine)
         return {
             "weights": [
                 *parameters,
                 *engine.model.buffers(),
                 *_scales(engine.model),
-                *zero(engine).get("weights", ()),
+                *own.get("weights", ()),
             ],
             "optimizer": [t for s in state.values() for t in s.values() if isinstance(t, Tensor)],
             "inputs": [v for v in values if isinstance(v, Tensor)],
+            "host": own.get("host", ()),
         }
 
     def passing() -> dict[str, Iterable[Tensor]]:
@@ -124,8 +129,9 @@ def measure_steps(engine: Any, objective: Any, micro_batches: Sequence[Batch]) -
         gathered = [t for p in wrapped for t in p.all_gather_outputs]
         gradients = [p.grad for p in parameters if p.grad is not None]
         return {
-            "gradients": [*gradients, *own.get("gradients", ())],
+            "host": own.get("host", ()),
             "communication": [*gathered, *own.get("communication", ())],
+            "gradients": [*gradients, *own.get("gradients", ())],
         }
 
     totals = engine.all_sum(sum_by_key(objective.weights(b) for b in micro_batches))
@@ -153,22 +159,48 @@ def _fsdp_parameters(model: Any) -> list[Any]:
 
 
 def _zero_tensors(engine: Any) -> dict[str, list[Tensor]]:
-    """List what DeepSpeed's optimizer holds beside the tensors of the model, by class."""
+    """List what DeepSpeed's optimizer holds beside the tensors of the model, by class.
+
+    On a CPU the host's memory is the same memory; `host` is what the library keeps there on a machine with GPUs.
+    """
     library, parameters, masters = (
         engine.optimizer,
         list(engine.model.parameters()),
         engine._masters(),
     )
-    gradients = [*(p.grad_accum for p in parameters if getattr(p, "grad_accum", None) is not None)]
-    gradients += [m.grad for m in masters if m.grad is not None]
-    averaged = getattr(library, "averaged_gradients", None) or {}
-    gradients += [t for group in averaged.values() for t in group or () if t is not None]
-    gradients += getattr(library, "fp32_groups_gradients_flat", ())  # stage 1 with bf16 weights
+    flat = [m.grad for m in masters if m.grad is not None]
     if getattr(library, "grad_partitions_flat_buffer", None) is not None:
-        gradients.append(library.grad_partitions_flat_buffer)
+        flat.append(library.grad_partitions_flat_buffer)
+    gradients = [*(p.grad_accum for p in parameters if getattr(p, "grad_accum", None) is not None)]
+    for name in ("averaged_gradients", "all_grad_tensors"):
+        groups = (getattr(library, name, None) or {}).values()
+        gradients += [t for group in groups for t in group or () if t is not None]
+    gradients += getattr(library, "fp32_groups_gradients_flat", ())  # stage 1 with bf16 weights
     buckets = [bucket.buffer for bucket in getattr(library, "ipg_buckets", {}).values()]
     buffers = [t for b in buckets for t in ([b] if isinstance(b, Tensor) else b or ())]
+    buffers += _present(library, "temp_grad_buffer_for_gpu_offload")
+    parts = []
     if engine._is_cut:
-        masters = [*masters, *(p.ds_tensor for p in parameters)]
+        parts = [p.ds_tensor for p in parameters]
         buffers += [p.data for p in parameters]
-    return {"weights": masters, "gradients": gradients, "communication": buffers}
+    host: list[Tensor] = []
+    if engine.options.offload_optimizer:
+        states = (t for s in engine._moments().values() for t in s.values())
+        host += [*masters, *flat, *(t for t in states if isinstance(t, Tensor))]
+        host += getattr(library, "param_buffer_of_bit16_for_cpu_offload_groups", ())
+        host += getattr(library, "accumulated_grads_in_cpu", {}).values()
+        host += _present(library, "temp_grad_buffer_for_cpu_offload")
+        masters, flat = [], []
+    if engine.options.offload_param:
+        host, parts = [*host, *parts], []
+    return {
+        "weights": [*masters, *parts],
+        "gradients": [*gradients, *flat, *_present(library, "grads_in_partition")],
+        "communication": buffers,
+        "host": host,
+    }
+
+
+def _present(library: Any, name: str) -> list[Tensor]:
+    found = getattr(library, name, None)
+    return [] if found is None else [found]

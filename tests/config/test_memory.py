@@ -1,12 +1,14 @@
 """The memory formulas against real storages, counted while real training steps run."""
 
+from collections import Counter
 from dataclasses import asdict, replace
 
 import pytest
 from patched import with_bug
 
 from distllm.arch.decoder import DecoderOptions
-from distllm.config import activations
+from distllm.config import activations, zero
+from distllm.config import memory as memory_module
 from distllm.config.activations import MicroBatch
 from distllm.config.layout import Layout, layout_of
 from distllm.config.memory import RankMemory, rank_memory
@@ -103,22 +105,41 @@ ON_FOUR = {
     "dp 2 x tp 2": Case(shape=DEFAULT, engine="fsdp", world_size=4, accum=2, mesh={"tp_size": 2}),
 }
 
-ZERO = [
-    # stage, precision, micro-batches per step, checkpointing
-    (1, "fp32", 1, "none"),
-    (1, "bf16", 1, "none"),
-    (2, "fp32", 1, "none"),
-    (2, "bf16", 1, "none"),
-    (2, "bf16", 2, "full"),
-    (3, "fp32", 1, "none"),
-    (3, "bf16", 1, "none"),
+ZERO_ON_TWO = [
+    # stage, precision, micro-batches per step, checkpointing, further settings
+    (1, "fp32", 1, "none", {}),
+    (1, "bf16", 1, "none", {}),
+    (1, "fp32", 2, "none", {}),
+    (1, "bf16", 2, "none", {}),
+    (2, "fp32", 1, "none", {}),
+    (2, "bf16", 1, "none", {}),
+    (2, "bf16", 2, "full", {}),
+    (3, "fp32", 1, "none", {}),
+    (3, "bf16", 1, "none", {}),
+    (3, "bf16", 2, "full", {}),
+]
+ZERO_ON_FOUR = [
+    (1, "bf16", 1, "none", {}),
+    (2, "fp32", 1, "none", {}),
+    (2, "bf16", 1, "none", {}),
+    (2, "bf16", 2, "none", {}),
+    (3, "fp32", 1, "none", {}),
+    (3, "bf16", 1, "none", {}),
+    (3, "bf16", 2, "full", {}),
+]
+OFFLOADED = [
+    (1, "bf16", 1, "none", {"offload_optimizer": True}),
+    (2, "bf16", 1, "none", {"offload_optimizer": True}),
+    (2, "fp32", 2, "none", {"offload_optimizer": True}),
+    (3, "bf16", 1, "none", {"offload_optimizer": True, "offload_param": True}),
+    (3, "fp32", 1, "none", {"offload_param": True}),
 ]
 
 
-def zero_case(stage, precision, accum, checkpointing):
+def zero_case(world_size, stage, precision, accum, checkpointing, settings):
     """The usual bucket, 200 MiB, would be larger than the model."""
-    return Case(shape=DEEP, engine="deepspeed", world_size=2, precision=precision, accum=accum,
-                checkpointing=checkpointing, settings={"zero_stage": stage, "bucket_mib": 1})  # fmt: skip
+    return Case(shape=DEEP, engine="deepspeed", world_size=world_size, precision=precision, accum=accum,
+                checkpointing=checkpointing, settings={"zero_stage": stage, "bucket_mib": 1} | settings)  # fmt: skip
 
 
 def predicted(case, module=activations) -> RankMemory:
@@ -219,25 +240,63 @@ def test_every_class_of_bytes_is_predicted_on_every_process(cases):
                 raise AssertionError(f"{name}, rank {own['rank']}: {error}") from None
 
 
+def zero_errors(case, peaks) -> dict[str, float]:
+    """Class -> relative error of the plan, which is for the fullest process."""
+    memory, peaks = predicted(case), Counter(peaks)
+    ours = {
+        "weights": (memory.weights, peaks["weights"]),
+        "gradients": (memory.gradients, peaks["gradients"]),
+        "optimizer": (memory.optimizer, peaks["optimizer"]),
+        "host": (memory.host, peaks["host"]),
+        "peak": (memory.peak, peaks["total"] - peaks["inputs"]),
+    }
+    if (
+        case.checkpointing == "none"
+    ):  # else a buffer at its birth, which has no owner yet, is most of it
+        ours["working"] = memory.working, peaks["working"]
+    return {name: a / b - 1 if b else float(a > 0) for name, (a, b) in ours.items()}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_deepspeed_holds_what_is_predicted():
-    """What stays to 0.1 %, the peak to 5 %; the library's passing gradients to 8 %: they go with the borders of parts."""
+@pytest.mark.parametrize(
+    ("count", "settings"),
+    [(2, ZERO_ON_TWO), (4, ZERO_ON_FOUR), (2, OFFLOADED)],
+    ids=["two", "four", "offloaded"],
+)
+def test_deepspeed_holds_what_is_predicted(count, settings, monkeypatch):
     pytest.importorskip("deepspeed")
-    cases = [zero_case(*zero) for zero in ZERO]
+    cases = [zero_case(count, *zero) for zero in settings]
     arguments = {"cases": [asdict(case) for case in cases]}
-    ranks = run_on(2, "distllm.testing.measured_memory:peaks_on_ranks", arguments, timeout_s=800)
-    for case, *peaks in zip(cases, *ranks, strict=True):
-        memory = predicted(case)
-        for own in peaks:
-            found = {
-                "weights": (memory.weights, own["weights"], 1e-3),
-                "optimizer": (memory.optimizer, own["optimizer"], 1e-3),
-                "gradients": (memory.gradients, own["gradients"], 0.08),
-                "peak": (memory.peak, own["total"] - own["inputs"], 0.05),
-            }
-            for name, (ours, measured, tolerance) in found.items():
-                assert ours == pytest.approx(measured, rel=tolerance), (name, case, own)
+    path = "distllm.testing.measured_memory:peaks_on_ranks"
+    ranks = run_on(count, path, arguments, timeout_s=800)
+    fullest = [
+        {k: max(r.get(k, 0) for r in own) for k in own[0]} for own in zip(*ranks, strict=True)
+    ]
+
+    def worst():
+        found = [zero_errors(*pair).values() for pair in zip(cases, fullest, strict=True)]
+        return max(abs(error) for errors in found for error in errors)
+
+    for case, peaks in zip(cases, fullest, strict=True):
+        errors = zero_errors(case, peaks)
+        assert max(map(abs, errors.values())) <= 0.05, (case, errors)
+        assert max(abs(errors[name]) for name in ("weights", "optimizer")) < 1e-3, (case, errors)
+    broken = with_bug(zero, "return self.e * self.held", "return _FP32 * self.held")
+    monkeypatch.setattr(memory_module, "ZeroMemory", broken.ZeroMemory)
+    assert worst() > 0.05
+
+
+def test_the_fullest_part_of_a_flat_group_is_found():
+    """Against counting element by element whose parameter is whose."""
+    for sizes in ([5, 1, 7, 3], [2, 2, 2], [9], [1, 20, 1, 4, 4]):
+        for shards in (1, 2, 3, 4, 8):
+            part = -(-sum(sizes) // (2 * shards)) * 2
+            owners = [i for i, size in enumerate(sizes) for _ in range(size)]
+            held = [set(owners[r * part : (r + 1) * part]) for r in range(shards)]
+            for above in (0, 3):
+                most = max(sum(sizes[i] for i in own if sizes[i] > above) for own in held)
+                assert zero._touched(sizes, part, shards, above) == most
 
 
 @pytest.mark.parametrize(
