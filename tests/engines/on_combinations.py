@@ -1,6 +1,7 @@
 """What the tests of combined settings run on each rank: three steps of one model under one layout after the other."""
 
 import functools
+from unittest import mock
 
 import torch
 from on_zero import Run
@@ -25,9 +26,11 @@ def run(cells):
     import test_step  # the folder of that file is in the path on the ranks alone
 
     # 40 rows can be split in two, 37 cannot.
-    test_step.tiny_decoder = functools.partial(tiny_decoder, vocab_size=40)
+    even = mock.patch.object(
+        test_step, "tiny_decoder", functools.partial(tiny_decoder, vocab_size=40)
+    )
     found = []
-    with processes.processes(options_of(*cells[0]), torch.device("cpu")):
+    with even, processes.processes(options_of(*cells[0]), torch.device("cpu")):
         for engine, changes in cells:
             torch._dynamo.reset()
             counters.clear()
