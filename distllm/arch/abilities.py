@@ -17,6 +17,8 @@ class Abilities:
     """Several sequences may share a row (`segment_ids`), and that pays: attention is told by segments, without a detour."""
     two_sequences: bool = False
     """Reads a source and writes a target; if not, both are one sequence, and states stand at the input's tokens."""
+    traceable: bool = True
+    """A block is operations that torch.compile and selective recomputation can follow."""
 
 
 CAUSAL = Abilities()

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from distllm.arch.abilities import CAUSAL
+from distllm.arch.abilities import Abilities
 from distllm.arch.heads import HEADS, LMHead
 from distllm.arch.joining import join_behind
 from distllm.arch.options import TransformerOptions
@@ -147,7 +147,7 @@ class LSTM(nn.Module):
     """A recurrent language model. Its forward takes the keyword arguments every architecture takes."""
 
     Options = LSTMOptions
-    abilities = CAUSAL
+    abilities = Abilities(traceable=False)
 
     def __init__(self, options: LSTMOptions, head: str = "lm", seed: int = 0) -> None:
         """Build the model with initial weights that depend on `seed` and the parameters' names only.

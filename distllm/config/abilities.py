@@ -74,6 +74,9 @@ def ability_problems(config: Config) -> list[str]:
         objective = resolve_objective(config)
     except ConfigError as error:
         return [str(error)]
+    problems = _tracing_problems(config, able)
+    if problems:
+        return problems
     if isinstance(stage, PretrainOptions):
         return _objective_problems(stage, objective)
     if stage.name == "sft" and not able.sft:
@@ -107,6 +110,23 @@ def ability_problems(config: Config) -> list[str]:
             "stage.reward=classifier, which reads their names."
         ]
     return []
+
+
+def _tracing_problems(config: Config, able: Abilities) -> list[str]:
+    """Find settings of the engine that must see the operations inside of a block."""
+    asked = {
+        "engine.compile=true": (config.engine.compile, "engine.compile=false"),
+        "engine.activation_checkpointing=selective": (
+            config.engine.activation_checkpointing == "selective",
+            "engine.activation_checkpointing=full or none",
+        ),
+    }
+    return [
+        f"{setting} follows the operations inside of a block, and those of arch={arch_name(config)} are one call of torch's "
+        f"own LSTM. Set {instead}."
+        for setting, (is_set, instead) in asked.items()
+        if is_set and not able.traceable
+    ]
 
 
 def _objective_problems(stage: PretrainOptions, objective: str) -> list[str]:

@@ -44,9 +44,10 @@ def _tensor_parallel_problems(config: Config, options: Any, tp_size: int) -> lis
             f"{asked} cannot be combined with arch.qk_norm=full, which normalises over all heads at once. "
             "Set engine.mesh.tp_size=1."
         )
-    if config.engine.compile:
+    if config.engine.compile and config.engine.activation_checkpointing == "selective":
         problems.append(
-            f"{asked} cannot be combined with engine.compile=true: the exchanges inside a block break its graph. "
-            "Set engine.compile=false."
+            f"{asked} cannot be combined with engine.compile=true and engine.activation_checkpointing=selective: the "
+            "exchanges inside a block would leave nothing compiled. Set engine.activation_checkpointing=full or none, or "
+            "engine.compile=false."
         )
     return problems

@@ -41,10 +41,14 @@ def prepare_blocks(model: Any, options: EngineOptions) -> None:
             f"engine.activation_checkpointing={kind} is unknown. Known: {', '.join(CHECKPOINTING)}."
         )
     for block in model.blocks():
+        # The forward alone: hooks that a wrapper puts on the block stay outside of the compiled part. What is kept of a
+        # block is the compiler's to see; of a block that is computed again as a whole, nothing is, and hooks inside of it
+        # (tensor parallel) may do what a compiled recomputation must not.
+        if options.compile and kind != "selective":
+            block.forward = torch.compile(block.forward)
         if kind != "none":
             block.forward = _recomputed(block.forward, selective=kind == "selective")
-        if options.compile:
-            # The forward alone: hooks that a wrapper puts on the block stay outside of the compiled part.
+        if options.compile and kind == "selective":
             block.forward = torch.compile(block.forward)
 
 

@@ -21,6 +21,8 @@ from distllm.objectives.options import PRETRAINING, READ_BY, PretrainOptions
         (["arch=glm_tiny", "stage.objective=clm"], "to blank or prefix"),
         (["arch=bert_tiny", "stage.sampled_words=9"], "stage.sampled_words=9 is for clm, and stage.objective=mlm does"),
         (["arch=lstm_tiny", "stage.sampled_words=9", "stage.z_loss=1e-4"], "Set stage.sampled_words=0 or stage.z_loss=0"),
+        (["arch=lstm_tiny", "engine.compile=true"], "torch's own LSTM. Set engine.compile=false"),
+        (["arch=lstm_tiny", "engine.activation_checkpointing=selective"], "Set engine.activation_checkpointing=full or none"),
         (["arch=bert_tiny", "stage=sft", "data=skills"], "stage=sft: arch=encoder does not write text"),
         (["arch=bert_tiny", "stage=reward", "data=skills", "stage.head=likelihood"], "Set stage.head=last"),
         (["arch=t5_tiny", "stage=tag", "data=file", "data.path=x"], "stage=tag labels tokens of the input"),

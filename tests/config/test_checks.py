@@ -180,6 +180,22 @@ def test_the_machine(monkeypatch, tmp_path):
     checks.check_training(compose([]))
 
 
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (["arch.n_heads=5", "arch.n_kv_heads=5", "arch.d_model=160"], "does not divide arch.n_heads=5"),
+        (["arch=qwen3_30b_a3b"], "cannot be combined with experts"),
+        (["arch.qk_norm=full"], "cannot be combined with arch.qk_norm=full"),
+        (["engine.compile=true", "engine.activation_checkpointing=selective"], "would leave nothing compiled"),
+    ],
+)  # fmt: skip
+def test_what_tensor_parallel_cannot_split_is_refused(monkeypatch, settings, words):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    asked = ["engine=fsdp", "engine.mesh.tp_size=2"]
+    assert words in training_message(*asked, *settings)
+    checks.check_training(compose([*asked, "engine.compile=true"]))
+
+
 def test_directories_must_exist(tmp_path):
     missing = tmp_path / "nowhere"
     assert f"model={missing} is not a directory" in training_message(f"model={missing}")

@@ -35,7 +35,7 @@ RECOMPUTED = [(layout, {"activation_checkpointing": kind}) for layout in LAYOUTS
 COMPILED = [(layout, {"compile": True}) for layout in LAYOUTS]
 BOTH = [
     (layout, {"compile": True, "activation_checkpointing": kind})
-    for layout, kind in (("fsdp", "selective"), ("tp", "full"), ("zero 3", "full"), ("accelerate", "selective"))
+    for layout, kind in (("fsdp", "selective"), ("fsdp", "full"), ("tp", "full"), ("zero 3", "full"), ("accelerate", "selective"))
 ]  # fmt: skip
 
 
