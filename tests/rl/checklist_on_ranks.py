@@ -84,7 +84,7 @@ def pairs(options):
     """Each response stands under the prompt it answers, with its own reward, on every rank."""
     prompts = [[3 * i + 1, 5, 9 + i] for i in range(5)]
     context = SimpleNamespace(
-        options=RLOptions(reward_workers=1, reward_timeout_s=patient(60)), log=None
+        options=RLOptions(reward_workers=1, reward_timeout_s=patient(60)), log=None, function=""
     )
     reward = PooledReward("reward_functions:echo", context)
     source = make_source(

@@ -127,7 +127,7 @@ def loop(name, options=None):
 def functions():
     """Each rank runs its share of a reward function's calls; all get all rewards, in order."""
     context = SimpleNamespace(
-        options=RLOptions(reward_workers=1, reward_timeout_s=patient(60)), log=None
+        options=RLOptions(reward_workers=1, reward_timeout_s=patient(60)), log=None, function=""
     )
     reward = PooledReward("reward_functions:length", context)
     from distllm.types import Prompt
