@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from distllm.arch.quantised import hold_in_4bit, weights_given_back
 from distllm.errors import ConfigError
 from distllm.layers.init import initial_value
+from distllm.layers.products import Linear
 
 _NAME = "default"
 """What peft calls an adapter that is the only one."""
@@ -94,7 +95,9 @@ def target_layers(model: Any, options: AdapterOptions) -> dict[str, nn.Linear]:
     Raises:
         ConfigError: a target is not the name of a linear layer in the blocks, or they have none.
     """
-    inside = {id(m) for block in model.blocks() for m in block.modules() if type(m) is nn.Linear}
+    inside = {
+        id(m) for block in model.blocks() for m in block.modules() if type(m) in (nn.Linear, Linear)
+    }
     found = {name: m for name, m in model.named_modules() if id(m) in inside}
     known = sorted({name.rpartition(".")[2] for name in found})
     wanted = options.targets or known

@@ -30,6 +30,7 @@ from distllm.layers.feed_forward import FeedForward, GatedFeedForward
 from distllm.layers.masks import Mask
 from distllm.layers.norms import LayerNorm, RMSNorm
 from distllm.layers.positions import Rotary, rotate
+from distllm.layers.products import Linear, product_dtype
 
 
 @dataclass(slots=True)
@@ -104,10 +105,10 @@ class Attention(nn.Module):
         self.interleaved = options.rope_style == RopeStyle.interleaved
         self.rotates_all = not self.interleaved and options.rope_fraction == 1.0
         self.qk_norm, self.norm_last = options.qk_norm, options.qk_norm_after_rope
-        self.q_proj = nn.Linear(d_model, self.n_heads * d_head, bias=options.qkv_bias)
-        self.k_proj = nn.Linear(d_model, self.n_kv_heads * d_head, bias=options.qkv_bias)
-        self.v_proj = nn.Linear(d_model, self.n_kv_heads * d_head, bias=options.qkv_bias)
-        self.out_proj = nn.Linear(self.n_heads * d_head, d_model, bias=options.out_bias)
+        self.q_proj = Linear(d_model, self.n_heads * d_head, bias=options.qkv_bias)
+        self.k_proj = Linear(d_model, self.n_kv_heads * d_head, bias=options.qkv_bias)
+        self.v_proj = Linear(d_model, self.n_kv_heads * d_head, bias=options.qkv_bias)
+        self.out_proj = Linear(self.n_heads * d_head, d_model, bias=options.out_bias)
         if self.qk_norm != QKNorm.none:
             width = (self.n_heads, self.n_kv_heads) if self.qk_norm == QKNorm.full else (1, 1)
             self.q_norm, self.k_norm = (make_norm(options, n * d_head) for n in width)
@@ -160,10 +161,10 @@ class CrossAttention(nn.Module):
         self.n_heads, self.n_kv_heads, self.d_head = options.n_heads, options.n_kv_heads, d_head
         self.layer = layer
         self.scale = d_head**-0.5 if options.attention_scale is None else options.attention_scale
-        self.q_proj = nn.Linear(d_model, self.n_heads * d_head, bias=options.qkv_bias)
-        self.k_proj = nn.Linear(d_model, self.n_kv_heads * d_head, bias=options.qkv_bias)
-        self.v_proj = nn.Linear(d_model, self.n_kv_heads * d_head, bias=options.qkv_bias)
-        self.out_proj = nn.Linear(self.n_heads * d_head, d_model, bias=options.out_bias)
+        self.q_proj = Linear(d_model, self.n_heads * d_head, bias=options.qkv_bias)
+        self.k_proj = Linear(d_model, self.n_kv_heads * d_head, bias=options.qkv_bias)
+        self.v_proj = Linear(d_model, self.n_kv_heads * d_head, bias=options.qkv_bias)
+        self.out_proj = Linear(self.n_heads * d_head, d_model, bias=options.out_bias)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Let `x` [batch, seq, d_model] read `context.encoder_states`."""
@@ -180,7 +181,9 @@ class CrossAttention(nn.Module):
         if states is None:
             raise ValueError("cross-attention needs encoder_states")
         k = self.k_proj(states).unflatten(-1, (-1, self.d_head))
-        return k, self.v_proj(states).unflatten(-1, (-1, self.d_head))
+        v = self.v_proj(states).unflatten(-1, (-1, self.d_head))
+        dtype = product_dtype(v.dtype, v.device)  # once: a cache hands them out at every token
+        return k.to(dtype), v.to(dtype)
 
 
 class Block(nn.Module):

@@ -14,7 +14,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distllm.arch.options import TransformerOptions
@@ -30,6 +29,7 @@ from distllm.layers.cross_entropy import (
 from distllm.layers.init import InitRules
 from distllm.layers.liger_loss import CHUNKED
 from distllm.layers.precision import wide
+from distllm.layers.products import linear
 from distllm.layers.sampled_softmax import sampled_cross_entropy
 from distllm.layers.vocabulary import split_of, whole
 from distllm.types import IGNORE_INDEX, Batch, ModelOutput
@@ -96,7 +96,7 @@ class LMHead(nn.Module):
 
     def multiply(self, prepared: Tensor) -> Tensor:
         """Apply the output matrix to [..., d_model]."""
-        return F.linear(prepared, whole(self.projection), self.bias)
+        return linear(prepared, whole(self.projection), self.bias)
 
     def loss(self, hidden: Tensor, labels: Tensor, num_sampled: int = 0) -> Tensor:
         """Sum the cross-entropy over labelled positions.

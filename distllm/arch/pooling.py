@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from distllm.arch.block import make_norm
 from distllm.arch.options import Pooler, Pooling, TransformerOptions
 from distllm.layers.feed_forward import ACTIVATIONS
+from distllm.layers.products import Linear
 
 
 class Transform(nn.Module):
@@ -16,7 +17,7 @@ class Transform(nn.Module):
 
     def __init__(self, options: TransformerOptions) -> None:
         super().__init__()
-        self.dense = nn.Linear(options.d_model, options.d_model, bias=options.transform_bias)
+        self.dense = Linear(options.d_model, options.d_model, bias=options.transform_bias)
         self.norm = make_norm(options)
         self.activation = ACTIVATIONS[options.activation]
 
@@ -33,7 +34,7 @@ class Pooled(nn.Module):
         self.pooling, self.dropout = options.pooling, options.dropout
         self.pooler = self.transform = None
         if options.pooler == Pooler.tanh:
-            self.pooler = nn.Linear(options.d_model, options.d_model)
+            self.pooler = Linear(options.d_model, options.d_model)
         elif options.pooler == Pooler.transform:
             self.transform = Transform(options)
 

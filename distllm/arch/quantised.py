@@ -13,8 +13,9 @@ import importlib
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from distllm.layers.products import Linear, linear
 
 BYTES_PER_WEIGHT = 0.5 + 1 / 64 + 4 / (64 * 256)
 """The code, its block's divisor, and that divisor's own."""
@@ -52,17 +53,17 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Linear4bit) -> Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.given_back().to(x.dtype))
+        return linear(x, layer.given_back().to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ ctx.layer.given_back().to(grad.dtype), None
+        return linear(grad, ctx.layer.given_back().to(grad.dtype).t()), None
 
 
 def hold_in_4bit(model: Any) -> None:
     """Put every linear layer in the blocks of `model` into 4 bits, in place."""
     for block in model.blocks():
-        homes = [(home, name) for home in block.modules() for name, child in home.named_children() if type(child) is nn.Linear]  # fmt: skip
+        homes = [(home, name) for home in block.modules() for name, child in home.named_children() if type(child) in (nn.Linear, Linear)]  # fmt: skip
         for home, name in homes:
             setattr(home, name, Linear4bit(getattr(home, name)))
 

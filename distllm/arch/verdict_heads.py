@@ -10,6 +10,7 @@ from distllm.arch.options import Pooler, TransformerOptions
 from distllm.arch.pooling import Pooled, Transform
 from distllm.layers.init import InitRules
 from distllm.layers.precision import wide
+from distllm.layers.products import Linear, linear
 from distllm.types import IGNORE_INDEX, Batch, ModelOutput
 
 
@@ -82,7 +83,7 @@ class ClassifyHead(Pooled):
 
     def logits(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Map [batch, seq, d_model] to [batch, num_labels]; `attention_mask` is True on real tokens."""
-        return F.linear(self.pool(hidden, attention_mask), self.weight, self.bias)
+        return linear(self.pool(hidden, attention_mask), self.weight, self.bias)
 
     def logprobs(
         self, hidden: Tensor, labels: Tensor, temperature: float = 1.0
@@ -92,7 +93,7 @@ class ClassifyHead(Pooled):
         The label must stand at the position that the verdict is read from: that is where its state is.
         """
         at = labels != IGNORE_INDEX
-        logits = F.linear(self.behind(hidden[at]), self.weight, self.bias)
+        logits = linear(self.behind(hidden[at]), self.weight, self.bias)
         scores = torch.log_softmax(logits.to(wide(logits.dtype)) / temperature, dim=-1)
         picked = scores.gather(1, labels[at][:, None])[:, 0]
         entropy = -(scores.exp() * scores).sum(dim=-1)
@@ -125,7 +126,7 @@ class TagHead(nn.Module):
             hidden = self.transform(hidden)
         if self.dropout:
             hidden = F.dropout(hidden, self.dropout, self.training)
-        return F.linear(hidden, self.weight, self.bias)
+        return linear(hidden, self.weight, self.bias)
 
 
 class NoHead(nn.Module):
@@ -134,7 +135,7 @@ class NoHead(nn.Module):
     def __init__(self, options: TransformerOptions, tied_to: nn.Embedding | None) -> None:
         super().__init__()
         if options.pooler == Pooler.tanh:
-            self.pooler = nn.Linear(options.d_model, options.d_model)
+            self.pooler = Linear(options.d_model, options.d_model)
 
     @staticmethod
     def init_rules(d_model: int, init_std: float) -> InitRules:

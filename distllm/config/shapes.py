@@ -10,6 +10,7 @@ from torch import nn
 
 from distllm.arch.adapter import WHOLE_HEADS, AdapterOptions, matrix_shapes, target_layers
 from distllm.config.footprint import build_meta
+from distllm.layers.products import Linear
 
 Size = tuple[int, ...]
 """Shape of one parameter."""
@@ -121,7 +122,7 @@ def shape_of_model(
         layers = {id(m) for m in target_layers(model, adapter).values()}
         adapted = [m for m in block.modules() if id(m) in layers]
         if adapter.base_bits == 4:
-            held = sum(m.weight.numel() for m in block.modules() if type(m) is nn.Linear)
+            held = sum(m.weight.numel() for m in block.modules() if type(m) in (nn.Linear, Linear))
         beside = tuple(s for m in adapted for s in matrix_shapes(m, adapter.rank))
     is_whole = not beside or head in WHOLE_HEADS
     return ModelShape(

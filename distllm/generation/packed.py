@@ -1,7 +1,8 @@
 """Weight matrices in the memory layout of the CPU's kernels for the length of one call.
 
 A matrix product of few rows spends up to half of its time laying the weight out anew; a rollout makes the same product
-once per token. So oneDNN's layout is made once and kept for the rollout. In bf16 the results are bit-equal.
+once per token. So oneDNN's layout is made once and kept for the rollout. In bf16, where hardware multiplies it, the results
+are bit-equal.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distllm.layers.products import Linear, product_dtype
+
 
 @contextmanager
 def packed(model: nn.Module, dtype: torch.dtype, num_rows: int) -> Iterator[None]:
     """Let the model's matrix products use packed copies of the weights inside the `with`.
 
-    Packed are the layers `nn.Linear` and the head's `multiply`, on a CPU, if the weights have the dtype of the
+    Packed are the linear layers and the head's `multiply`, on a CPU, if the weights have the dtype of the
     computation. The copies are made at the start and dropped at the end, so no later call can see stale ones.
 
     Args:
@@ -31,7 +34,7 @@ def packed(model: nn.Module, dtype: torch.dtype, num_rows: int) -> Iterator[None
     try:
         modules: list[Any] = list(model.modules()) if _is_supported(dtype) else []
         for module in modules:
-            if type(module) is nn.Linear:
+            if type(module) in (nn.Linear, Linear):
                 name, weight = "forward", module.weight
             elif hasattr(module, "multiply"):
                 name, weight = "multiply", module.projection
@@ -49,9 +52,7 @@ def packed(model: nn.Module, dtype: torch.dtype, num_rows: int) -> Iterator[None
 def _is_supported(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float32
+    return dtype in (torch.bfloat16, torch.float32)
 
 
 def _is_plain(weight: Tensor) -> bool:
@@ -59,10 +60,14 @@ def _is_plain(weight: Tensor) -> bool:
 
 
 def _product(weight: Tensor, bias: Tensor | None, num_rows: int) -> Callable[[Tensor], Tensor]:
-    layout = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), num_rows)
-    bias = None if bias is None else bias.detach().to(weight.dtype)
-    return partial(_multiply, layout=layout, bias=bias, dtype=weight.dtype)
+    dtype, form = weight.dtype, product_dtype(weight.dtype, "cpu")
+    layout = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(form), num_rows)
+    bias = None if bias is None else bias.detach().to(dtype).to(form)
+    return partial(_multiply, layout=layout, bias=bias, dtype=dtype, form=form)
 
 
-def _multiply(x: Tensor, layout: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x.to(dtype), layout, bias, "none", [], "")
+def _multiply(
+    x: Tensor, layout: Tensor, bias: Tensor | None, dtype: torch.dtype, form: torch.dtype
+) -> Tensor:
+    x = x.to(dtype).to(form)
+    return torch.ops.mkldnn._linear_pointwise(x, layout, bias, "none", [], "").to(dtype)

@@ -8,6 +8,7 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from distllm.layers.flex_attention import flex
 from distllm.layers.masks import Mask, causal_bias
 from distllm.layers.positions import Rotary, rotate
 from distllm.layers.precision import wide
+from distllm.layers.products import product_dtype
 
 _LONGEST_BLOCKED = 1024
 """Beyond this many tokens the kept probabilities cost too much memory."""
@@ -54,6 +56,14 @@ def attention(
     Returns:
         [batch, seq, n_heads, d_head].
     """
+    narrow, dtype = q.dtype, product_dtype(q.dtype, q.device)
+    if dtype != narrow:
+        q, k, v = (x.to(dtype) for x in (q, k, v))
+        if mask.bias is not None:
+            mask = replace(mask, bias=mask.bias.to(dtype))
+        how = {"scale": scale, "softcap": softcap, "sinks": sinks, "kernel": kernel}
+        with torch.autocast(q.device.type, enabled=False):
+            return attention(q, k, v, mask=mask, rotary=rotary, **how).to(narrow)
     if kernel not in (AUTO, "blocked"):
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 
 from distllm.layers.positions import Rotary, rotate
@@ -54,6 +55,7 @@ def _traced(
 
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
+    @custom_fwd(device_type="cpu")
     def forward(
         ctx: Any,
         q: Tensor,
@@ -92,6 +94,7 @@ class _BlockedAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @custom_bwd(device_type="cpu")
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         keys, values, cos, sin, *kept = ctx.saved_tensors
         batch, seq, n_heads, d_head = grad_out.shape

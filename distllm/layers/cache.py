@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from distllm.layers.products import product_dtype
+
 
 class KVCache:
     """Keys and values of all layers, [n_layers, 2, batch, n_kv_heads, max_seq_len, d_head].
@@ -26,7 +28,8 @@ class KVCache:
         device: torch.device | str,
     ) -> None:
         shape = (n_layers, 2, batch_size, n_kv_heads, max_seq_len, d_head)
-        self.data = torch.zeros(shape, dtype=dtype, device=device)
+        # As they are multiplied, so that no step widens them all.
+        self.data = torch.zeros(shape, dtype=product_dtype(dtype, device), device=device)
         self.length = 0
 
     @property

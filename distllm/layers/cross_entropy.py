@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 
 from distllm.layers.liger_loss import CHUNKED, LIGER, liger_cross_entropy_z
 from distllm.layers.precision import compute_dtype, wide
+from distllm.layers.products import product_dtype
 from distllm.layers.vocabulary import split_of
 from distllm.types import IGNORE_INDEX
 
@@ -86,9 +88,10 @@ def linear_logprobs(
     split = split_of(weight)
     if split is not None:
         return split.logprobs(hidden, weight, targets, temperature)
-    keep = len(targets) * weight.shape[0] * compute_dtype(weight).itemsize <= _KEEP_BYTES
-    keep = keep and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     dtype = compute_dtype(weight)
+    itemsize = product_dtype(dtype, weight.device).itemsize
+    keep = len(targets) * weight.shape[0] * itemsize <= _KEEP_BYTES
+    keep = keep and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return _as_written(_LinearLogprobs.apply, hidden, weight, targets, temperature, dtype, keep)
 
 
@@ -104,7 +107,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_weight, *_ = ctx.needs_input_grad
         ctx.dtypes = hidden.dtype, weight.dtype
-        hidden, weight, precise = hidden.to(dtype), weight.to(dtype), wide(dtype)
+        hidden, weight, precise = *_factors(hidden, weight, dtype), wide(dtype)
         total = hidden.new_zeros((), dtype=precise)
         squares = torch.zeros_like(total)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -165,6 +168,7 @@ def _softmax(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
+    @custom_fwd(device_type="cpu")
     def forward(
         ctx: Any,
         hidden: Tensor,
@@ -175,7 +179,7 @@ class _LinearLogprobs(torch.autograd.Function):
         keep: bool,
     ) -> tuple[Tensor, Tensor]:
         ctx.dtypes = hidden.dtype, weight.dtype
-        hidden, weight, precise = hidden.to(dtype), weight.to(dtype), wide(dtype)
+        hidden, weight, precise = *_factors(hidden, weight, dtype), wide(dtype)
         logprobs = hidden.new_empty(len(hidden), dtype=precise)
         entropy = torch.empty_like(logprobs)
         kept = []
@@ -199,6 +203,7 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @custom_bwd(device_type="cpu")
     def backward(
         ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -233,6 +238,12 @@ class _LinearLogprobs(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
+def _factors(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Round both to `dtype`, in the form in which they are multiplied."""
+    form = product_dtype(dtype, weight.device)
+    return hidden.to(dtype).to(form), weight.to(dtype).to(form)
+
+
 def _as_written(function: Any, *args: Any) -> Any:
     """Call `function` out of a compiler's sight, which would break on the loops over chunks.
 
@@ -240,7 +251,8 @@ def _as_written(function: Any, *args: Any) -> Any:
     """
     if torch.compiler.is_compiling():
         function = torch.compiler.disable(function)
-    return function(*args)
+    with torch.autocast(args[0].device.type, enabled=False):  # `dtype` says it all
+        return function(*args)
 
 
 def _on_cpu(x: Tensor) -> bool:

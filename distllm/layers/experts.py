@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from distllm.layers.feed_forward import ACTIVATIONS
 from distllm.layers.precision import compute_dtype, wide
+from distllm.layers.products import linear
 
 
 class Router(nn.Module):
@@ -45,7 +46,7 @@ class Router(nn.Module):
         Returns:
             (scores [tokens, num_experts] in float32 or wider, weights and experts of the chosen [tokens, num_chosen]).
         """
-        scores = F.linear(x, self.weight, self.bias)
+        scores = linear(x, self.weight, self.bias)
         scores = scores.to(wide(scores.dtype))
         if self.top_first:
             top, chosen = scores.topk(self.num_chosen, dim=-1)
@@ -147,8 +148,8 @@ class Experts(nn.Module):
                 continue
             gate_up_bias = None if self.gate_up_bias is None else self.gate_up_bias[expert]
             down_bias = None if self.down_bias is None else self.down_bias[expert]
-            inner = self._inner(F.linear(part, self.gate_up_proj[expert], gate_up_bias))
-            parts.append(F.linear(inner, self.down_proj[expert], down_bias))
+            inner = self._inner(linear(part, self.gate_up_proj[expert], gate_up_bias))
+            parts.append(linear(inner, self.down_proj[expert], down_bias))
         return torch.cat(parts)
 
     def _grouped(self, given: Tensor, chosen: Tensor) -> Tensor:

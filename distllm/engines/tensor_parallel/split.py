@@ -24,6 +24,7 @@ from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 from distllm.engines.exchange import Exchange
 from distllm.engines.tensor_parallel import vocabulary
 from distllm.errors import EngineError
+from distllm.layers.products import linear
 
 _log = logging.getLogger("distllm")
 
@@ -162,7 +163,7 @@ def _row_linear(module: nn.Linear, exchange: Exchange) -> Callable[..., Tensor]:
     """Each rank's product is a part of the sum; add up, and keep this rank's tokens."""
 
     def forward(x: Tensor) -> Tensor:
-        out = exchange.reduce_to_sequence_part(F.linear(x, module.weight))
+        out = exchange.reduce_to_sequence_part(linear(x, module.weight))
         return out if module.bias is None else out + module.bias
 
     return forward
