@@ -13,15 +13,16 @@ from torch.autograd.function import once_differentiable
 
 from distllm.layers.precision import compute_dtype
 
-_HAS_FAST_BF16 = (
+HAS_FAST_BF16 = (
     torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 )
+"""Whether this CPU multiplies bf16 by instructions of its own."""
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
     """Return the dtype in which factors of `dtype` are multiplied on `device`: its own, or float32."""
     on_cpu = torch.device(device).type == "cpu"
-    return torch.float32 if dtype == torch.bfloat16 and on_cpu and not _HAS_FAST_BF16 else dtype
+    return torch.float32 if dtype == torch.bfloat16 and on_cpu and not HAS_FAST_BF16 else dtype
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

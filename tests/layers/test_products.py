@@ -24,13 +24,13 @@ MODELS = {
 
 @pytest.fixture(params=[False, True], ids=["loops", "hardware"])
 def fast(request, monkeypatch):
-    monkeypatch.setattr(products, "_HAS_FAST_BF16", request.param)
+    monkeypatch.setattr(products, "HAS_FAST_BF16", request.param)
     return request.param
 
 
 @pytest.fixture
 def without(monkeypatch):
-    monkeypatch.setattr(products, "_HAS_FAST_BF16", False)
+    monkeypatch.setattr(products, "HAS_FAST_BF16", False)
 
 
 def check_layer(weights):
