@@ -55,7 +55,7 @@ def _traced(
 
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
-    @custom_fwd(device_type="cpu")
+    @custom_fwd(device_type="cpu")  # the backward, too, multiplies in the dtype of the factors
     def forward(
         ctx: Any,
         q: Tensor,

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 
 from distllm.layers.liger_loss import CHUNKED, LIGER, liger_cross_entropy_z
@@ -113,7 +112,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=precise) if needs_weight else None
         for rows in _chunks(len(hidden), weight, _CHUNK_BYTES):
-            logits = hidden[rows] @ weight.t()
+            logits = _logits(hidden[rows], weight, dtype)
             for part in _chunks(len(logits), weight, _SLICE_BYTES, precise):
                 loss, square = _loss_and_gradient(logits[part], labels[rows][part], precise, z_loss)
                 total += loss
@@ -168,7 +167,6 @@ def _softmax(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
-    @custom_fwd(device_type="cpu")
     def forward(
         ctx: Any,
         hidden: Tensor,
@@ -184,7 +182,7 @@ class _LinearLogprobs(torch.autograd.Function):
         entropy = torch.empty_like(logprobs)
         kept = []
         for rows in _chunks(len(hidden), weight, _CHUNK_BYTES):
-            logits = hidden[rows] @ weight.t()
+            logits = _logits(hidden[rows], weight, dtype)
             for part in _chunks(len(logits), weight, _SLICE_BYTES, precise):
                 scores = logits[part].to(precise).div_(temperature)
                 labels = targets[rows][part, None]
@@ -197,13 +195,12 @@ class _LinearLogprobs(torch.autograd.Function):
             if keep:
                 kept.append(logits)
         ctx.save_for_backward(hidden, weight, targets, entropy, *kept)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.dtype = temperature, dtype
         ctx.set_materialize_grads(False)
         return logprobs, entropy
 
     @staticmethod
     @once_differentiable
-    @custom_bwd(device_type="cpu")
     def backward(
         ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -215,7 +212,7 @@ class _LinearLogprobs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=precise)
         for index, rows in enumerate(_chunks(len(hidden), weight, _CHUNK_BYTES)):
-            logits = None if kept else hidden[rows] @ weight.t()
+            logits = None if kept else _logits(hidden[rows], weight, ctx.dtype)
             grad = kept[index].clone() if logits is None else logits
             for part in _chunks(len(grad), weight, _SLICE_BYTES, precise):
                 p = grad[part].to(precise)
@@ -242,6 +239,12 @@ def _factors(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor
     """Round both to `dtype`, in the form in which they are multiplied."""
     form = product_dtype(dtype, weight.device)
     return hidden.to(dtype).to(form), weight.to(dtype).to(form)
+
+
+def _logits(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return hidden @ weight.T, rounded to `dtype`: what the sampler's log-probabilities are taken from."""
+    logits = hidden @ weight.t()
+    return logits if logits.dtype == dtype else logits.copy_(logits.to(dtype))
 
 
 def _as_written(function: Any, *args: Any) -> Any:
