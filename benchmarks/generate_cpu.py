@@ -42,6 +42,7 @@ from distllm.engines.hardware import tune_cpu
 from distllm.engines.options import EngineOptions, HardwareOptions
 from distllm.generation.generate import generate
 from distllm.generation.options import GenerationOptions
+from distllm.layers.products import product_dtype
 
 PROMPT, NEW, END_EVERY = 32, 64, 24
 CACHES = ("dynamic", "static")
@@ -166,7 +167,7 @@ class Peer(Side):
 
 def ceiling(model: Any, precision: str, rows: int) -> float:
     """Return tokens per second of the matrix products of one decoding step, nothing else."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = product_dtype(torch.bfloat16 if precision == "bf16" else torch.float32, "cpu")
     parts = [p for n, p in model.named_parameters() if p.ndim == 2 and not n.startswith("encoder")]
     shapes = [
         tuple(p.shape) for p in parts if p.shape[0] != getattr(model.options, "max_seq_len", 0)

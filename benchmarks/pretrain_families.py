@@ -21,6 +21,7 @@ from distllm.arch.encoder_decoder import EncoderDecoder, EncoderDecoderOptions
 from distllm.arch.hf import bert, t5
 from distllm.engines.base import build_engine
 from distllm.engines.options import EngineOptions, HardwareOptions
+from distllm.layers.products import product_dtype
 from distllm.objectives.clm import CLM
 from distllm.objectives.options import PretrainOptions
 from distllm.optim.options import AdamWOptions
@@ -202,7 +203,7 @@ class FamilyProducts:
     """The step's bare matrix products of all linear layers, forward and backward."""
 
     def __init__(self, family: str, quick: bool, batch: int, precision: str) -> None:
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        dtype = product_dtype(torch.bfloat16 if precision == "bf16" else torch.float32, "cpu")
         sizes = TINY if quick else FULL
         d, f, layers = sizes["d_model"], sizes["d_ff"], sizes["n_layers"]
         read, written = (batch * n for n in lengths_of(family, quick))

@@ -26,6 +26,7 @@ from distllm.data.packing import PackedRow
 from distllm.engines.base import build_engine
 from distllm.engines.hardware import tune_cpu
 from distllm.engines.options import EngineOptions, HardwareOptions
+from distllm.layers.products import product_dtype
 from distllm.objectives.clm import CLM
 from distllm.objectives.options import PretrainOptions
 from distllm.optim.options import AdamWOptions
@@ -282,7 +283,7 @@ class Products:
     """The step's bare matrix products of all linear layers, forward and backward: no step can be faster."""
 
     def __init__(self, shape: DecoderOptions, batch: int, precision: str, compiled: bool) -> None:
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        dtype = product_dtype(torch.bfloat16 if precision == "bf16" else torch.float32, "cpu")
         d, f, rows = shape.d_model, shape.d_ff, batch * shape.max_seq_len
         layer = [(d, d)] * 4 + [(d, f)] * 2 + [(f, d)]
         self.cases = [

@@ -14,6 +14,7 @@ from distllm.data.packing import PackedRow
 from distllm.engines.base import build_engine
 from distllm.engines.options import EngineOptions, HardwareOptions
 from distllm.generation.options import GenerationOptions
+from distllm.layers.products import product_dtype
 from distllm.objectives.clm import CLM
 from distllm.objectives.options import PretrainOptions
 from distllm.optim.options import AdamWOptions
@@ -116,7 +117,7 @@ def ceiling(
     Decoding counts `RESPONSES` rows for `length` tokens each, as if rows that ended were replaced at no cost. `updates` counts passes of forward and backward
     over all tokens, `bare` single products of models without an output matrix.
     """
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = product_dtype(torch.bfloat16 if precision == "bf16" else torch.float32, device)
     d, kv = SHAPE.d_model, SHAPE.d_model // 2
     layer = [(d, d), (d, kv), (d, kv), (d, d), (d, SHAPE.d_ff), (d, SHAPE.d_ff), (SHAPE.d_ff, d)]
     weights = [torch.randn(o, i, dtype=dtype, device=device) for i, o in layer * SHAPE.n_layers]

@@ -53,6 +53,7 @@ from distllm.data.tokenizer import train_tokenizer
 from distllm.engines.base import build_engine
 from distllm.engines.hardware import tune_cpu
 from distllm.engines.options import EngineOptions, HardwareOptions
+from distllm.layers.products import product_dtype
 from distllm.objectives.sft import SFT, SFTOptions
 from distllm.optim.constant import Constant
 from distllm.optim.options import AdamWOptions, ScheduleOptions
@@ -287,7 +288,7 @@ def measure(
 
 def products(shape: DecoderOptions, examples: list[ChatExample], precision: str) -> float:
     """Return the seconds that the bare matrix products of an epoch take: one forward, two backwards."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = product_dtype(torch.bfloat16 if precision == "bf16" else torch.float32, "cpu")
     d, rows = shape.d_model, 4096
     layer = [(d, d)] * 4 + [(d, shape.d_ff)] * 2 + [(shape.d_ff, d)]
     tokens = sum(len(e.input_ids) for e in examples)
