@@ -5,8 +5,9 @@ Plain dictionaries: nothing here imports the library. The engine is in `deepspee
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,21 @@ FOREIGN = {
     "expert_parallel": "it replaces parts of the model",
 }
 """Sections that change what only one side may decide, and why."""
+
+
+SECTIONS = (
+    "bf16",
+    "bfloat16",
+    "data_types",
+    "fp16",
+    "optimizer",
+    "optimizer.params",
+    "torch_autocast",
+    "zero_optimization",
+    "zero_optimization.offload_optimizer",
+    "zero_optimization.offload_param",
+)
+"""Keys that hold further keys."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -221,7 +237,14 @@ def _read(path: str) -> tuple[dict[str, Any], list[str]]:
         return {}, [f"engine.config={path} is not JSON: {error}. Give a DeepSpeed JSON file."]
     if not isinstance(found, dict):
         return {}, [f"engine.config={path} holds no JSON object. Give a DeepSpeed JSON file."]
-    return {_usual(k): v for k, v in _flat(found) if v != "auto"}, []
+    flat, problems = _flat(found, path)
+    for key in found:
+        meant = difflib.get_close_matches(key, SECTIONS, n=1, cutoff=0.85)
+        if meant and key not in SECTIONS:
+            problems.append(
+                f"engine.config={path} has {key}, which DeepSpeed would not read. Write {meant[0]}."
+            )
+    return {_usual(k): v for k, v in flat.items() if v != "auto"}, problems
 
 
 def _usual(key: str) -> str:
@@ -230,12 +253,24 @@ def _usual(key: str) -> str:
     return "bf16." + key.removeprefix("bfloat16.") if key.startswith("bfloat16.") else key
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(tree: Mapping[str, Any], path: str, prefix: str = "") -> tuple[dict[str, Any], list[str]]:
+    """Return (dotted key -> value, problems). A section that is null or empty says nothing."""
+    flat: dict[str, Any] = {}
+    problems: list[str] = []
     for key, value in tree.items():
+        name = f"{prefix}{key}"
         if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+            more, found = _flat(value, path, f"{name}.")
+            flat |= more
+            problems += found
+        elif name not in SECTIONS:
+            flat[name] = value
+        elif value:
+            problems.append(
+                f"engine.config={path} says {name}={_shown(value)}, which must be an object with keys of its own. Take it "
+                "out, or see DeepSpeed's documentation for its keys."
+            )
+    return flat, problems
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:

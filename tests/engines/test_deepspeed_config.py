@@ -122,6 +122,12 @@ CONTRADICTIONS = {
     "foreign": ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel", "engine=fsdp"),
     "not JSON": ("{", "is not JSON", "DeepSpeed JSON file"),
     "a list": ("[1]", "no JSON object", "DeepSpeed JSON file"),
+    "no section": ({"bf16": True}, "bf16=true", "must be an object"),
+    "misspelt": (
+        {"zero_optimisation": {"stage": 1}},
+        "zero_optimisation",
+        "Write zero_optimization",
+    ),
 }
 
 
@@ -132,6 +138,12 @@ def test_a_contradiction_names_both_values(file, name):
     _, problems = settings(config=path)
     assert len(problems) == 1
     assert path in problems[0] and theirs in problems[0] and ours in problems[0]
+
+
+def test_a_section_that_says_nothing_changes_nothing(file):
+    nothing = {"zero_optimization": {"offload_optimizer": None}, "bf16": {}, "fp16": None}
+    for theirs in (nothing, {"zero_optimization": {}}, {"zero_optimization": None}):
+        assert settings(config=file(theirs)) == settings()
 
 
 def test_buckets_contradict_only_when_set_here(file):
