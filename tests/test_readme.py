@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from distllm.cli import plan
 from distllm.cli.main import main
 from distllm.testing.stages import SKILLS, TINY
 
@@ -43,3 +44,12 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch, capsys):
         assert code == 0, f"distllm {verb} {' '.join(arguments)}\n{output.out}\n{output.err}"
     assert (tmp_path / "runs/report.html").exists()
     assert (tmp_path / "runs/exported/model.safetensors").exists()
+
+
+def test_every_plan_of_the_text_and_of_the_help_is_one(capsys):
+    told = re.findall(r"`distllm (plan [^`]+)`", README)
+    told += re.findall(r"^  distllm (plan .*hardware=.*)$", plan.HELP, re.MULTILINE)
+    assert len(told) >= 3
+    for words in told:
+        assert main(shlex.split(words)) == 0, words
+        assert "step" in capsys.readouterr().out

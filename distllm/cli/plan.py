@@ -1,5 +1,6 @@
 """`distllm plan`: what a run would be, in numbers, without starting it."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ line per stage. Starts nothing, writes nothing.
 
 Examples:
   distllm plan train.seq_len=512 train.global_batch_size=64
-  distllm plan hardware=64xh100 engine=fsdp engine.mesh.tp_size=8 train.seq_len=8192 arch.max_seq_len=8192
+  distllm plan hardware=64xh100 engine=fsdp arch=llama3_8b engine.mesh.tp_size=8 train.seq_len=8192
   distllm plan stage=ppo data=skills model=runs/sft/model
 """
 OWN = {"format": "table (default) or json"}
@@ -41,6 +42,10 @@ def run(arguments: Sequence[str]) -> int:
         return _plan_pipeline(config)
     is_elsewhere = isinstance(config.hardware, ClusterOptions)
     if is_elsewhere:  # this machine's devices, packages and data say nothing about that one
+        if not any(
+            word.lstrip("+").startswith("train.global_batch_size=") for word in given.overrides
+        ):
+            config = _with_a_batch_for_all(config, planned_dp_size(config))
         check(config, planned_dp_size(config))
     else:
         check_training(config)
@@ -63,6 +68,23 @@ def run(arguments: Sequence[str]) -> int:
         _times(plan.time)
     _fit(plan.fit, "a GPU" if is_elsewhere else "this machine")
     return 0
+
+
+def _with_a_batch_for_all(config: Any, dp_size: int) -> Any:
+    """Return the config with its batch rounded up to whole micro-batches on every process."""
+    from dataclasses import replace
+
+    train = config.train
+    unit = train.micro_batch_size * dp_size
+    if unit <= 0 or train.global_batch_size % unit == 0:
+        return config
+    size = -(-train.global_batch_size // unit) * unit
+    print(
+        f"train.global_batch_size is not set: {size:,} is planned with, micro_batch_size "
+        f"({train.micro_batch_size}) on each of {dp_size:,} processes.\n",
+        file=sys.stderr,
+    )
+    return replace(config, train=replace(train, global_batch_size=size))
 
 
 def _plan_pipeline(config: Any) -> int:

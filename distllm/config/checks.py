@@ -170,6 +170,10 @@ def _batch_problems(config: Config, dp_size: int) -> list[str]:
         f"({train.micro_batch_size}) x dp_size ({dp_size}) = {unit}. "
         f"Set {multiples(train.global_batch_size, unit)}."
     )
+    share, rest = divmod(train.global_batch_size, dp_size)
+    if not rest:
+        fitting = max(n for n in range(1, train.micro_batch_size + 1) if share % n == 0)
+        message += f" Or set train.micro_batch_size={fitting}."
     whole, rest = divmod(train.global_batch_size, train.micro_batch_size)
     if dp_size > 1 and not rest:
         sizes = [str(n) for n in range(1, whole + 1) if whole % n == 0]

@@ -92,11 +92,11 @@ def test_choices_of_a_stage():
     [
         (
             ["train.global_batch_size=100", "train.micro_batch_size=8"],
-            ["train.global_batch_size=100", "micro_batch_size (8) x dp_size (1) = 8", "Set 96 or 104"],
+            ["train.global_batch_size=100", "micro_batch_size (8) x dp_size (1) = 8", "Set 96 or 104", "train.micro_batch_size=5."],
         ),
         (
             ["train.global_batch_size=4", "train.micro_batch_size=8"],
-            ["train.global_batch_size=4", "Set 8."],
+            ["train.global_batch_size=4", "Set 8.", "Or set train.micro_batch_size=4."],
         ),
         (
             ["train.seq_len=1024"],
