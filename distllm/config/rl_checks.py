@@ -94,7 +94,23 @@ def rl_problems(config: Config) -> list[str]:
                 f"stage.reward={stage.reward} needs a reward model. Set stage.reward_model=DIR, such as the model/ of a "
                 "stage=reward run."
             )
+    problems += [
+        f"stage.{key}={getattr(stage, key)!r} is for stage.reward={' or '.join(readers)}, and "
+        f"stage.reward={stage.reward} does not read it. Leave it out, or set stage.reward={readers[0]}."
+        for key, readers in _READ_BY.items()
+        if getattr(stage, key) and not set(readers) & set(names)
+    ]
     return problems + _sampling_problems(config)
+
+
+_READ_BY = {
+    "reward_model": ("model", "classifier"),
+    "reward_weights": ("model",),
+    "reward_label": ("classifier",),
+    "reward_pattern": ("regex", "format"),
+    "reward_url": ("http",),
+}
+"""Setting that is empty by default -> the rewards that read it."""
 
 
 def _sampling_problems(config: Config) -> list[str]:

@@ -7,6 +7,7 @@ functions raise ValueError with the reason, naming the column.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -23,6 +24,16 @@ _ROLES = {
     "observation": "tool",
 }
 """Names of other formats -> ours; names not listed stay as they are."""
+_KNOWN_ROLES = (
+    "assistant",
+    "developer",
+    "environment",
+    "function",
+    "ipython",
+    "system",
+    "tool",
+    "user",
+)
 
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
@@ -93,12 +104,30 @@ def read_answer(prompt: Messages, value: Any, key: str) -> str:
     return messages[0]["content"]
 
 
-def shared_prompt(chosen: Any, rejected: Any) -> Messages:
-    """Find the messages that two whole conversations share: all but the last of each."""
-    for value in (chosen, rejected):
-        if not isinstance(value, list) and not (isinstance(value, str) and is_transcript(value)):
+def split_prompt(chosen: Any, rejected: Any) -> tuple[Messages, Any, Any]:
+    """Find the prompt that a pair without one implies; return it, and what follows it on either side.
+
+    Two conversations share all messages but the last of each, two texts the words that they begin with.
+    """
+    if is_text(chosen) and is_text(rejected):
+        same = itertools.takewhile(
+            lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)
+        )
+        shared = "".join(character for character, _ in same)
+        while shared and not shared[-1].isspace():  # a word that only begins alike is the answers'
+            shared = shared[:-1]
+        if chosen == rejected:
+            raise ValueError(f"chosen and rejected are the same: {chosen[:50]!r}")
+        if not shared.strip():
             raise ValueError(
-                "there is no prompt, and chosen and rejected are not whole conversations"
+                "there is no prompt, and chosen and rejected do not begin with the same words"
+            )
+        prompt = [{"role": "user", "content": shared.strip()}]
+        return prompt, chosen[len(shared) :], rejected[len(shared) :]
+    for value in (chosen, rejected):
+        if not isinstance(value, list | str) or is_text(value):
+            raise ValueError(
+                "there is no prompt, and chosen and rejected are neither two whole conversations nor two texts"
             )
     prompt = read_messages(chosen, "chosen")[:-1]
     if not prompt or prompt != read_messages(rejected, "rejected")[:-1]:
@@ -106,7 +135,7 @@ def shared_prompt(chosen: Any, rejected: Any) -> Messages:
             "there is no prompt, and chosen and rejected differ before their last message"
         )
     check_last(prompt, "chosen without its last message", assistant=False)
-    return prompt
+    return prompt, chosen, rejected
 
 
 def is_transcript(text: str) -> bool:
@@ -155,6 +184,9 @@ def _message(message: Any, where: str) -> dict[str, str]:
     role_key, content_key = ("from", "value") if message.get("from") else ("role", "content")
     role = check_string(message.get(role_key), f"{where}.{role_key}")
     role = _ROLES.get(role.lower(), role)
+    if role not in _KNOWN_ROLES:
+        names = ", ".join(sorted([*_KNOWN_ROLES, *_ROLES]))
+        raise ValueError(f"{where}.{role_key} is {role!r}, must be one of {names}")
     if message.get("tool_calls"):
         raise ValueError(f"{where} holds tool_calls, which a text cannot keep")
     content = message.get(content_key)

@@ -23,8 +23,8 @@ from distllm.data.messages import (
     read_answers,
     read_messages,
     read_prompt,
-    shared_prompt,
     shown,
+    split_prompt,
 )
 from distllm.types import (
     ComparedPair,
@@ -168,7 +168,9 @@ def _text(row: Columns, key: str) -> Document:
 
 def _pair(row: Columns) -> Pair:
     chosen, rejected = row["chosen"], row["rejected"]
-    prompt = _prompt_before(row) or shared_prompt(chosen, rejected)
+    prompt = _prompt_before(row)
+    if not prompt:
+        prompt, chosen, rejected = split_prompt(chosen, rejected)
     good = read_answer(prompt, chosen, "chosen")
     bad = read_answer(prompt, rejected, "rejected")
     prompt = _with_system(row, prompt)

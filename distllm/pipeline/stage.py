@@ -9,6 +9,7 @@ import errno
 import gc
 import json
 import logging
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -304,7 +305,9 @@ def summarise(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
                 merged[f"{when}/{key.removeprefix('eval/')}"] = value
     if "eval/rewards" in before:
         mean, low, high = paired_interval(before["eval/rewards"], after["eval/rewards"])
-        merged |= {"gain/reward": mean, "gain/reward_low": low, "gain/reward_high": high}
+        merged["gain/reward"] = mean
+        if math.isfinite(high - low):  # one prompt has no spread, so no interval
+            merged |= {"gain/reward_low": low, "gain/reward_high": high}
     return merged
 
 

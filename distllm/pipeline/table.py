@@ -135,8 +135,9 @@ def _reward(name: str, m: Mapping[str, float]) -> list[Row]:
 
 def _rl(name: str, m: Mapping[str, float]) -> list[Row]:
     before, after = m["before/exact_match"], m["after/exact_match"]
-    gain = m["gain/reward"]
-    note = f"paired 95%: {m['gain/reward_low']:+.3f} to {m['gain/reward_high']:+.3f}"
+    gain, low, high = m["gain/reward"], m.get("gain/reward_low"), m.get("gain/reward_high")
+    known = low is not None and high is not None
+    note = f"paired 95%: {low:+.3f} to {high:+.3f}" if known else "too few prompts for an interval"
     rows = [
         _row(
             name,
@@ -144,7 +145,7 @@ def _rl(name: str, m: Mapping[str, float]) -> list[Row]:
             m["before/reward"],
             m["after/reward"],
             "gain above 0",
-            m["gain/reward_low"] > 0,
+            known and low > 0,
             f"{note} (mean {gain:+.3f})",
         )
     ]

@@ -120,6 +120,14 @@ def test_choices_of_a_stage():
             ["stage.rollout_batch_size=48", "train.global_batch_size=32", "Set 32 or 64, or 0"],
         ),
         (["stage=ppo", "stage.reward=model"], ["stage.reward=model", "stage.reward_model=DIR"]),
+        (
+            ["stage=grpo", "stage.reward=exact_match", "stage.reward_url=http://a/b"],
+            ["stage.reward_url='http://a/b'", "exact_match does not read it", "set stage.reward=http"],
+        ),
+        (
+            ["stage=ppo", "stage.reward=a:b + regex", "stage.reward_pattern=x", "stage.reward_model=m"],
+            ["stage.reward_model='m'", "set stage.reward=model"],
+        ),
         (["stage=ppo", "generation.temperature=0"], ["generation.temperature=0", "temperature=1"]),
         (
             ["stage=ppo", "generation.max_new_tokens=512"],

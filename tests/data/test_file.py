@@ -286,7 +286,12 @@ BAD_ROWS = {
     ),
     '{"prompt": "q", "chosen": "a", "rejected": "a"}': "chosen and rejected are the same: 'a'",
     '{"prompt": "q", "chosen": "a", "rejected": null}': "rejected is null",
-    '{"chosen": "a", "rejected": "b"}': "there is no prompt, and chosen and rejected are not whole",
+    '{"chosen": "a", "rejected": "b"}': "there is no prompt, and chosen and rejected do not begin",
+    '{"chosen": "a c", "rejected": "a c"}': "chosen and rejected are the same: 'a c'",
+    '{"chosen": "a", "rejected": [{"role": "user", "content": "q"}]}': "neither two whole conv",
+    '{"messages": [{"role": "usr", "content": "q"}]}': (
+        r"messages\[1\]\.role is 'usr', must be one of assistant, bot"
+    ),
     '{"prompt": "q", "answer": 4}': "answer is int 4, must be a string",
 }
 

@@ -43,6 +43,10 @@ ROWS = {
         {"chosen": OPENAI, "rejected": [USER, say("assistant", "b")]},
         Pair(prompt=[USER], chosen="a", rejected="b"),
     ),
+    "trl implicit preference of texts": (
+        {"chosen": "The sky is blue.", "rejected": "The sky is bluish."},
+        Pair(prompt=[say("user", "The sky is")], chosen="blue.", rejected="bluish."),
+    ),
     "trl unpaired preference": (
         {"prompt": [USER], "completion": [ANSWER], "label": False},
         Unpaired(prompt=[USER], completion="a", good=False),

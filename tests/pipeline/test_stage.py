@@ -10,6 +10,8 @@ import torch
 from test_resume import VARIED
 
 from distllm.arch.io import load_model
+from distllm.pipeline.stage import summarise
+from distllm.pipeline.table import _rl
 from distllm.rl.environments.calculator import Calculator
 from distllm.testing.stages import SKILLS, run_tiny, weights_hash
 
@@ -115,3 +117,14 @@ def test_an_environment_answers_within_the_responses(tmp_path, parent):
     assert rows[1]["rl/turns"] >= 1 and 0 < rows[1]["rl/own_tokens"] < 1
     samples = [json.loads(x) for x in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     assert any("42" in x["response"] for x in samples if x["when"] == "train")
+
+
+@pytest.mark.parametrize("rewards, has_interval", [([0.5], False), ([0.5, 0.25], True)])
+def test_a_gain_without_a_spread_has_no_interval(rewards, has_interval):
+    after = [reward + 0.125 for reward in rewards]
+    merged = summarise({"eval/rewards": rewards}, {"eval/rewards": after})
+    assert merged["gain/reward"] == 0.125
+    assert ("gain/reward_low" in merged) is ("gain/reward_high" in merged) is has_interval
+    names = ("reward", "exact_match", "exact_match_low", "exact_match_high")
+    level = {f"{when}/{name}": 0.5 for when in ("before", "after") for name in names}
+    assert _rl("grpo", merged | level)[0]["ok"] is has_interval

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import time
 import urllib.request
 from typing import Any
 
@@ -45,12 +46,15 @@ def math_verify(response: str, answer: str | None) -> float | None:
 def http(url: str, timeout_s: float, retries: int, **sample: object) -> float:
     """Post the sample as JSON; return `reward` of the answer.
 
+    After a failure it waits 0.5 s, then 1 s, 2 s and so on, but an attempt and its wait take `timeout_s` at most.
+
     Raises:
         OSError: every attempt failed.
         ValueError: the answer holds no reward.
     """
     data = json.dumps(sample).encode()
     for attempt in range(retries + 1):
+        started = time.monotonic()
         request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=timeout_s) as answer:
@@ -58,6 +62,8 @@ def http(url: str, timeout_s: float, retries: int, **sample: object) -> float:
         except OSError:
             if attempt == retries:
                 raise
+        left = timeout_s - (time.monotonic() - started)
+        time.sleep(max(0.0, min(0.5 * 2**attempt, left)))
     raise AssertionError("unreachable")
 
 
