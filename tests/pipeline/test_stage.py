@@ -125,6 +125,6 @@ def test_a_gain_without_a_spread_has_no_interval(rewards, has_interval):
     merged = summarise({"eval/rewards": rewards}, {"eval/rewards": after})
     assert merged["gain/reward"] == 0.125
     assert ("gain/reward_low" in merged) is ("gain/reward_high" in merged) is has_interval
-    names = ("reward", "exact_match", "exact_match_low", "exact_match_high")
+    names = ["reward", "exact_match", "exact_match_low", "exact_match_high", "response_length"]
     level = {f"{when}/{name}": 0.5 for when in ("before", "after") for name in names}
     assert _rl("grpo", merged | level)[0]["ok"] is has_interval
