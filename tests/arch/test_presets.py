@@ -1,5 +1,6 @@
 """Presets: parameter counts as published, and as transformers counts the same configuration; nothing takes memory."""
 
+import re
 import time
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from distllm.arch.hf.family import families, family_of
 from distllm.config.compose import compose
-from distllm.config.files import options_in
+from distllm.config.files import first_line, options_in
 from distllm.config.footprint import build_meta
 
 transformers = pytest.importorskip("transformers")
@@ -71,6 +72,16 @@ def test_every_preset_is_counted_or_named_after_no_model():
         if compose([f"arch={name}"], check=False).arch.name in ("decoder", "encoder")
     }
     assert decoders - set(PUBLISHED) == {"llama_tiny"}
+
+
+@pytest.mark.parametrize("preset", sorted(set(options_in("arch")) - {"auto"}))
+def test_the_first_line_of_every_preset_is_its_count(preset):
+    """The figure that users read in the file, to its last digit; those of the published models are held above."""
+    number, unit = re.match(r"([\d.]+) ([MB]) parameters", first_line("arch", preset)).groups()
+    last_digit = 10.0 ** -len(number.partition(".")[2])
+    scale = {"M": 1e6, "B": 1e9}[unit]
+    ours = count(build_meta(compose([f"arch={preset}"], check=False).arch))
+    assert ours / scale == pytest.approx(float(number), abs=0.501 * last_digit)
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)

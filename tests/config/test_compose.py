@@ -39,6 +39,12 @@ def test_overrides_win_over_experiments_and_experiments_over_defaults():
     assert config.train.seq_len == 64
     assert config.optim == AdamWOptions()
     assert compose(["experiment=skills_sft", "stage=pretrain"]).stage.name == "pretrain"
+    modern = compose(["experiment=modernbert_mlm", "arch.n_layers=3"])
+    assert (modern.arch.family, modern.arch.n_layers, modern.stage.mask_rate) == (
+        "modernbert",
+        3,
+        0.3,
+    )
 
 
 @pytest.mark.parametrize("group, option", [(g, o) for g in CHOOSABLE for o in options_in(g)])
