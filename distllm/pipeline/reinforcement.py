@@ -126,7 +126,8 @@ def build(builder: Builder) -> Parts:
         records = [p.prompt for p in sampled.prompts]
         rewards = reward.score(records, sampled.rollouts, sampled.texts)
         known = [r for r in rewards if math.isfinite(r)]
-        metrics["eval/reward"] = sum(known) / len(known) if known else 0.0
+        if known:
+            metrics["eval/reward"] = sum(known) / len(known)
         metrics["eval/rewards"] = rewards
         means: dict[str, float] = getattr(reward, "means", {})
         metrics |= {f"eval/reward/{name}": mean for name, mean in means.items()}

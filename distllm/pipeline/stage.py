@@ -303,7 +303,7 @@ def summarise(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         for key, value in _scalars(metrics).items():
             if key.startswith("eval/"):
                 merged[f"{when}/{key.removeprefix('eval/')}"] = value
-    if "eval/rewards" in before:
+    if "eval/reward" in before and "eval/reward" in after:
         mean, low, high = paired_interval(before["eval/rewards"], after["eval/rewards"])
         merged["gain/reward"] = mean
         if math.isfinite(high - low):  # one prompt has no spread, so no interval

@@ -135,18 +135,20 @@ def _reward(name: str, m: Mapping[str, float]) -> list[Row]:
 
 def _rl(name: str, m: Mapping[str, float]) -> list[Row]:
     before, after = m["before/exact_match"], m["after/exact_match"]
-    gain, low, high = m["gain/reward"], m.get("gain/reward_low"), m.get("gain/reward_high")
+    low, high = m.get("gain/reward_low"), m.get("gain/reward_high")
     known = low is not None and high is not None
-    note = f"paired 95%: {low:+.3f} to {high:+.3f}" if known else "too few prompts for an interval"
+    note = f"paired 95%: {low:+.3f} to {high:+.3f}" if known else "too few scores for an interval"
+    if "gain/reward" in m:
+        note += f" (mean {m['gain/reward']:+.3f})"
     rows = [
         _row(
             name,
             "reward",
-            m["before/reward"],
-            m["after/reward"],
+            m.get("before/reward"),
+            m.get("after/reward"),
             "gain above 0",
             known and low > 0,
-            f"{note} (mean {gain:+.3f})",
+            note,
         )
     ]
     needed = -0.02 if m.get("by_model") else 0.10

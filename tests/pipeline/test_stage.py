@@ -1,6 +1,7 @@
 """What a finished stage leaves behind, and that nothing of it needs a network."""
 
 import json
+import math
 import socket
 import string
 from unittest import mock
@@ -119,12 +120,17 @@ def test_an_environment_answers_within_the_responses(tmp_path, parent):
     assert any("42" in x["response"] for x in samples if x["when"] == "train")
 
 
-@pytest.mark.parametrize("rewards, has_interval", [([0.5], False), ([0.5, 0.25], True)])
+@pytest.mark.parametrize(
+    "rewards, has_interval", [([math.nan], False), ([0.5], False), ([0.5, 0.25], True)]
+)
 def test_a_gain_without_a_spread_has_no_interval(rewards, has_interval):
-    after = [reward + 0.125 for reward in rewards]
-    merged = summarise({"eval/rewards": rewards}, {"eval/rewards": after})
-    assert merged["gain/reward"] == 0.125
+    """And where nothing could be scored there is no reward, rather than one of 0."""
+    before, after = ({"eval/rewards": [r + more for r in rewards]} for more in (0.0, 0.125))
+    if not math.isnan(rewards[0]):
+        before["eval/reward"], after["eval/reward"] = 0.5, 0.5
+    merged = summarise(before, after)
+    assert merged.get("gain/reward") == (None if math.isnan(rewards[0]) else 0.125)
     assert ("gain/reward_low" in merged) is ("gain/reward_high" in merged) is has_interval
-    names = ["reward", "exact_match", "exact_match_low", "exact_match_high", "response_length"]
+    names = ["exact_match", "exact_match_low", "exact_match_high", "response_length"]
     level = {f"{when}/{name}": 0.5 for when in ("before", "after") for name in names}
     assert _rl("grpo", merged | level)[0]["ok"] is has_interval
