@@ -1,6 +1,6 @@
 """Training tokens per second of SFT on a CPU: distllm against TRL's SFTTrainer with packing.
 
-Model: 6 layers, d_model 384, d_ff 1,024, vocabulary 8,192, tied. Data: 96 dialogues of 16 to 512 tokens cut from Python's
+Model: 6 layers, d_model 384, d_ff 1,024, vocabulary 8,192, tied. Data: 48 dialogues of 16 to 512 tokens cut from Python's
 documentation, of which the assistant's tokens alone are learned. Both sides get the same token ids and labels, start from
 the same weights, and use AdamW without decay, one learning rate, clipping at 1 and no gradient checkpointing (TRL's
 default costs time). A round is one epoch: every dialogue once. Tokens are those of the dialogues, padding not counted.
@@ -341,7 +341,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     if arguments.quick:
         arguments.cells = arguments.cells[-1:]
-    rounds, count, shape = (1, 12, SMALL) if arguments.quick else (arguments.rounds, 96, SHAPE)
+    rounds, count, shape = (1, 12, SMALL) if arguments.quick else (arguments.rounds, 48, SHAPE)
     threads = tune_cpu(HardwareOptions(device="cpu"))
     examples, tokenizer = dialogues(count, shape.vocab_size)
     cells = {}
