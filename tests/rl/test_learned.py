@@ -9,69 +9,41 @@ import pytest
 
 from distllm import registry
 from distllm.testing import learned
-from distllm.testing.learned import SEEDS, SHARE_OF_GAP, learn
+from distllm.testing.learned import NEEDED_SEEDS, SEEDS, SHARE_OF_GAP, learn
 from distllm.testing.rl_tasks import END, FIRST, TASKS
 
-FAST = {("grpo", "walks", 1)}
-MISSED = {
-    ("dr_grpo", "sums", 1): "closes 77% of the gap",
-    ("grpo", "sort", 2): "closes 73% of the gap",
-    ("grpo", "sums", 2): "closes 75% of the gap",
-    ("gspo", "sums", 1): "closes 66% of the gap",
-    ("gspo", "sums", 2): "closes 60% of the gap",
-    ("reinforce_pp", "reverse", 2): "closes 80% of the gap",
-    ("remax", "reverse", 2): "closes 78% of the gap",
-    ("remax", "sums", 2): "closes 59% of the gap",
-}
-"""Cells that do not reach the aim, with what they reach; whoever makes one reach it takes it out."""
-NOT_MEASURED: set[tuple[str, str, int]] = {
-    ("cispo", "reverse", 2),
-    ("cispo", "sort", 2),
-    ("cispo", "sums", 2),
-    ("cispo", "walks", 2),
-    ("cispo", "digits", 2),
-    ("dapo", "sort", 2),
-    ("dapo", "sums", 2),
-    ("dapo", "walks", 2),
-    ("dapo", "digits", 2),
-    ("dr_grpo", "reverse", 2),
-    ("dr_grpo", "sort", 2),
-    ("dr_grpo", "walks", 2),
-    ("dr_grpo", "digits", 2),
-    ("grpo", "walks", 2),
-    ("gspo", "reverse", 2),
-    ("gspo", "sort", 2),
-    ("gspo", "walks", 2),
-    ("ppo", "walks", 2),
-    ("ppo", "digits", 2),
-    ("reinforce_pp", "walks", 2),
-    ("remax", "walks", 2),
-    ("remax", "digits", 2),
-    ("rloo", "sort", 2),
-    ("rloo", "walks", 2),
-}
-"""Cells that nobody has run yet."""
+MISSED: dict[tuple[str, str], str] = {}
+"""Algorithm and task that do not reach the aim on three of four seeds, with what they reach; whoever makes one do takes it out."""
 
 
 def marks_of(cell):
     missed = [pytest.mark.xfail(strict=True, reason=MISSED[cell])] if cell in MISSED else []
-    return missed if cell in FAST else [pytest.mark.slow, *missed]
+    return [pytest.mark.slow, *missed]
 
 
 CELLS = [
     pytest.param(*cell, marks=marks_of(cell))
-    for cell in itertools.product(registry.names("algorithm"), TASKS, SEEDS)
-    if cell not in NOT_MEASURED
+    for cell in itertools.product(registry.names("algorithm"), TASKS)
 ]
 PAGE = (Path(__file__).parents[2] / "docs/learned_rl.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(("algorithm", "task", "seed"), CELLS)
-@pytest.mark.timeout(900)
-def test_the_task_is_learned(algorithm, task, seed):
-    result = learn(algorithm, task, seed)
+def test_walks_are_learned():
+    result = learn("grpo", "walks", 1)
     assert result.before < 0.8, "nothing left to learn"
     assert result.share >= SHARE_OF_GAP, result
+
+
+@pytest.mark.parametrize(("algorithm", "task"), CELLS)
+@pytest.mark.timeout(900)
+def test_the_task_is_learned_on_three_of_four_seeds(algorithm, task):
+    results = []
+    for seed in SEEDS:
+        results.append(learn(algorithm, task, seed))
+        assert results[-1].before < 0.8, "nothing left to learn"
+        if sum(r.share >= SHARE_OF_GAP for r in results) == NEEDED_SEEDS:
+            return
+    pytest.fail(f"{NEEDED_SEEDS} of {len(SEEDS)} seeds must reach {SHARE_OF_GAP:.0%}: {results}")
 
 
 def test_without_a_reward_nothing_is_learned(monkeypatch):
@@ -135,5 +107,5 @@ def test_the_page_shows_every_algorithm_and_task():
     rows = [line for line in PAGE.splitlines() if line.startswith("| `")]
     assert [row.split("`")[1] for row in rows] == registry.names("algorithm")
     assert f"| algorithm | {' | '.join(TASKS)} |" in PAGE
-    assert sum(row.count("not measured") for row in rows) == len(NOT_MEASURED)
-    assert sum(row.count("**") // 2 for row in rows) == len(MISSED)
+    assert all(row.count(" to ") >= NEEDED_SEEDS * len(TASKS) for row in rows)
+    assert sum(row.count("(missed)") for row in rows) == len(MISSED)
