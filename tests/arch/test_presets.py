@@ -1,5 +1,6 @@
 """Presets: parameter counts as published, and as transformers counts the same configuration; nothing takes memory."""
 
+import functools
 import re
 import time
 
@@ -39,6 +40,11 @@ PUBLISHED = {
 """Preset -> (the number its authors give, how far their rounding may be off)."""
 
 
+@functools.cache
+def options_of(preset):
+    return compose([f"arch={preset}"], check=False).arch
+
+
 def count(model):
     return sum(p.numel() for p in model.parameters())
 
@@ -50,7 +56,7 @@ def in_units(text):
 @pytest.mark.parametrize("preset", PUBLISHED)
 def test_parameter_counts(preset):
     start = time.perf_counter()
-    options = compose([f"arch={preset}"], check=False).arch
+    options = options_of(preset)
     model = build_meta(options)
     ours = count(model)
     published, slack = PUBLISHED[preset]
@@ -67,9 +73,7 @@ def test_parameter_counts(preset):
 def test_every_preset_is_counted_or_named_after_no_model():
     """A preset that names a published model has a line above; tiny ones of our own have none."""
     decoders = {
-        name
-        for name in options_in("arch")
-        if compose([f"arch={name}"], check=False).arch.name in ("decoder", "encoder")
+        name for name in options_in("arch") if options_of(name).name in ("decoder", "encoder")
     }
     assert decoders - set(PUBLISHED) == {"llama_tiny"}
 
@@ -80,12 +84,12 @@ def test_the_first_line_of_every_preset_is_its_count(preset):
     number, unit = re.match(r"([\d.]+) ([MB]) parameters", first_line("arch", preset)).groups()
     last_digit = 10.0 ** -len(number.partition(".")[2])
     scale = {"M": 1e6, "B": 1e9}[unit]
-    ours = count(build_meta(compose([f"arch={preset}"], check=False).arch))
+    ours = count(build_meta(options_of(preset)))
     assert ours / scale == pytest.approx(float(number), abs=0.501 * last_digit)
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)
 def test_the_named_family_holds_it(preset):
-    options = compose([f"arch={preset}"], check=False).arch
+    options = options_of(preset)
     assert options.family in families()
     assert families()[options.family].holds(options)

@@ -1,5 +1,6 @@
 """Composition: real dataclasses out, and for every kind of mistake a message with what was set and what to type."""
 
+import functools
 import os
 import re
 from pathlib import Path
@@ -47,9 +48,14 @@ def test_overrides_win_over_experiments_and_experiments_over_defaults():
     )
 
 
+@functools.cache
+def composed(group: str, option: str) -> Config:
+    return compose([f"{group}={option}"])
+
+
 @pytest.mark.parametrize("group, option", [(g, o) for g in CHOOSABLE for o in options_in(g)])
 def test_every_yaml_composes(group, option):
-    config = compose([f"{group}={option}"])
+    config = composed(group, option)
     if group in ("schedule", "tracking", "stage", "data", "engine", "optim"):
         assert getattr(config, group).name == option
     if group == "pipeline":
@@ -58,9 +64,7 @@ def test_every_yaml_composes(group, option):
 
 @pytest.mark.parametrize("group", [g for g in CHOOSABLE if g != "experiment"])
 def test_every_component_has_a_yaml(group):
-    choosable = {
-        getattr(compose([f"{group}={o}"], check=False), group).name for o in options_in(group)
-    }
+    choosable = {getattr(composed(group, o), group).name for o in options_in(group)}
     assert set(options_of(group)) <= choosable
 
 

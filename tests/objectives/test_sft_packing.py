@@ -229,6 +229,7 @@ def weights_after_steps(pack=True):
         return {"losses": losses, "weights": weights, "seen": seen, **source.ledger.state()}
 
 
+@pytest.mark.slow
 def test_neither_packing_nor_ranks_change_the_steps():
     """Both sides see each dialogue as often, count it once in the ledger, and end with equal weights."""
     padded, packed = weights_after_steps(pack=False), weights_after_steps(pack=True)
