@@ -40,16 +40,21 @@ def run(arguments: Sequence[str]) -> int:
     if config.pipeline.stages:
         check(config)
         return _plan_pipeline(config)
+    asked = config.train.global_batch_size
     is_elsewhere = isinstance(config.hardware, ClusterOptions)
     if is_elsewhere:  # this machine's devices, packages and data say nothing about that one
-        if not any(
-            word.lstrip("+").startswith("train.global_batch_size=") for word in given.overrides
-        ):
+        if not any(w.lstrip("+").startswith("train.global_batch_size=") for w in given.overrides):
             config = _with_a_batch_for_all(config, planned_dp_size(config))
         check(config, planned_dp_size(config))
     else:
         check_training(config)
     plan = make_plan(config)
+    if config.train.global_batch_size != asked:
+        print(
+            f"train.global_batch_size is not set: {config.train.global_batch_size:,} is planned with, "
+            f"micro_batch_size ({config.train.micro_batch_size}) on each of {planned_dp_size(config):,} processes.\n",
+            file=sys.stderr,
+        )
     if not is_elsewhere:
         plan.batch.update(count_epochs(config, _tokenizer(config)))
     if kind == "json":
@@ -79,11 +84,6 @@ def _with_a_batch_for_all(config: Any, dp_size: int) -> Any:
     if unit <= 0 or train.global_batch_size % unit == 0:
         return config
     size = -(-train.global_batch_size // unit) * unit
-    print(
-        f"train.global_batch_size is not set: {size:,} is planned with, micro_batch_size "
-        f"({train.micro_batch_size}) on each of {dp_size:,} processes.\n",
-        file=sys.stderr,
-    )
     return replace(config, train=replace(train, global_batch_size=size))
 
 
