@@ -22,6 +22,14 @@ def pytest_configure(config):
         config.pluginmanager.register(Recording(config, config.getoption("--record-part")))
 
 
+def pytest_runtest_setup(item):
+    """Leave out, with the reason, what needs a GPU where there is none."""
+    import torch
+
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+
+
 def pytest_collection_modifyitems(config, items):
     """Give each test the time that DISTLLM_TEST_PATIENCE asks for."""
     from distllm.testing.gloo import patient
