@@ -51,8 +51,9 @@ def run(arguments: Sequence[str]) -> int:
     plan = make_plan(config)
     if config.train.global_batch_size != asked:
         print(
-            f"train.global_batch_size is not set: {config.train.global_batch_size:,} is planned with, "
-            f"micro_batch_size ({config.train.micro_batch_size}) on each of {planned_dp_size(config):,} processes.\n",
+            f"train.global_batch_size={asked} is too little or no multiple for {planned_dp_size(config):,} processes with "
+            f"micro_batch_size={config.train.micro_batch_size}, and the command does not set it: "
+            f"{config.train.global_batch_size:,} is planned with.\n",
             file=sys.stderr,
         )
     if not is_elsewhere:

@@ -23,7 +23,7 @@ _ROLES = {
     "function_call": "assistant",
     "observation": "tool",
 }
-"""Names of other formats -> ours; names not listed stay as they are."""
+"""Names of other formats -> ours."""
 _KNOWN_ROLES = (
     "assistant",
     "developer",
@@ -34,6 +34,7 @@ _KNOWN_ROLES = (
     "tool",
     "user",
 )
+"""What templates know; any other name is refused, for a template may leave its message out without a word."""
 
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
