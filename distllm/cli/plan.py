@@ -51,8 +51,8 @@ def run(arguments: Sequence[str]) -> int:
     plan = make_plan(config)
     if config.train.global_batch_size != asked:
         print(
-            f"train.global_batch_size={asked} is too little or no multiple for {planned_dp_size(config):,} processes with "
-            f"micro_batch_size={config.train.micro_batch_size}, and the command does not set it: "
+            f"train.global_batch_size={asked} is no multiple of micro_batch_size ({config.train.micro_batch_size}) x "
+            f"{planned_dp_size(config):,} processes, and the command does not set it: "
             f"{config.train.global_batch_size:,} is planned with.\n",
             file=sys.stderr,
         )
